@@ -1,0 +1,1 @@
+"""Everything that touches the host: a port in base.py, and its implementations."""

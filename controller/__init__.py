@@ -1,0 +1,1 @@
+"""The central service: accounts, nodes, tunnels, and the public API over them."""
