@@ -184,6 +184,34 @@ FromAgent = Hello | Applied | Refused | Resync | Drift | Report | Renew
 FromController = Welcome | Delta | Snapshot | Received | Certificate | Bye
 
 
+# --- enrolment: MessagePack bodies of POST ENROL_PATH, over TLS that is verified against the pinned CA ---
+
+
+class EnrolRequest(msgspec.Struct, frozen=True, kw_only=True):
+    token_id: Name
+    secret: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    csr: Annotated[bytes, msgspec.Meta(max_length=16384)]  # PEM; the controller takes only its public key
+    agent: Name  # software version
+    wireguard_public_key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+    def __repr__(self) -> str:
+        return f"EnrolRequest(token_id={self.token_id!r})"
+
+
+class EnrolAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    node_id: Name
+    name: Name
+    certificate: bytes  # PEM
+    ca: bytes  # PEM bundle
+
+
+class EnrolRefusal(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of a 4xx answer: a stable code, and words for the admin."""
+
+    code: Name
+    message: Text
+
+
 class _Tag(msgspec.Struct):
     t: str
 
