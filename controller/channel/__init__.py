@@ -1,0 +1,1 @@
+"""The node-facing side: enrolment, the WebSocket endpoint, sessions, the hub."""

@@ -1,0 +1,1 @@
+"""The public API: kit.py, and one package per documented contract."""

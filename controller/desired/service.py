@@ -1,0 +1,168 @@
+"""Writes desired resources beside the rows that want them, and reads what a node has to be sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+from controller.desired.tables import DesiredRow, ScopeRow
+from controller.store.database import Transaction
+from shared import desired
+from shared.desired import Kind, Payload
+from shared.protocol import Resource, ResourceName
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What turns `base` into `revision`; `removals` come first when they are applied."""
+
+    scope: str
+    base: int
+    revision: int
+    digest: bytes
+    upserts: list[Resource]
+    removals: list[ResourceName]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A scope's whole state."""
+
+    scope: str
+    revision: int
+    digest: bytes
+    resources: list[Resource]
+
+
+def node_scope(node_id: str) -> str:
+    """The scope that is one node's own: its interfaces and peers."""
+    return f"node:{node_id}"
+
+
+async def put(tx: Transaction, scope: str, payloads: Sequence[Payload]) -> int:
+    """Make the scope run these resources too; return the new revision. Unchanged resources cost nothing."""
+    for payload in payloads:
+        payload.check()
+    existing = await _rows(tx.session, scope, [(desired.kind_of(payload), payload.key) for payload in payloads])
+    changed: list[tuple[Payload, bytes]] = []
+    total = 0
+    for payload in payloads:
+        encoded = desired.encode(payload)
+        row = existing.get((desired.kind_of(payload), payload.key))
+        if row is not None and not row.deleted:
+            if row.payload == encoded:
+                continue
+            total -= desired.decode(row.kind, row.key, row.payload).digest()
+        total += payload.digest()
+        changed.append((payload, encoded))
+    if not changed:
+        return await _revision(tx.session, scope)
+    revision = await _advance(tx, scope, total)
+    for payload, encoded in changed:
+        kind = desired.kind_of(payload)
+        row = existing.get((kind, payload.key))
+        if row is None:
+            row = DesiredRow(scope=scope, kind=kind, key=payload.key)
+            tx.session.add(row)
+        row.revision, row.payload, row.deleted = revision, encoded, False
+    await tx.session.flush()
+    return revision
+
+
+async def remove(tx: Transaction, scope: str, kind: Kind, keys: Sequence[str]) -> int:
+    """Take resources off the scope, leaving tombstones; return the new revision. One that is not there is no error."""
+    rows = [row for row in (await _rows(tx.session, scope, [(kind, key) for key in keys])).values() if not row.deleted]
+    if not rows:
+        return await _revision(tx.session, scope)
+    total = sum(desired.decode(row.kind, row.key, row.payload).digest() for row in rows)
+    revision = await _advance(tx, scope, -total)
+    for row in rows:
+        row.revision, row.payload, row.deleted = revision, b"", True
+    await tx.session.flush()
+    return revision
+
+
+async def revisions(connection: AsyncConnection, scopes: Sequence[str]) -> dict[str, int]:
+    """The current revision of each scope; 0 for one that never had a resource."""
+    found = await connection.execute(sa.select(ScopeRow.scope, ScopeRow.revision).where(ScopeRow.scope.in_(scopes)))
+    return dict.fromkeys(scopes, 0) | {row.scope: row.revision for row in found}
+
+
+async def changes(connection: AsyncConnection, scope: str, base: int) -> Changes | None:
+    """What changed after `base`; None where that is unknown (tombstones purged, or a base from another history)."""
+    head = (await connection.execute(_HEAD, {"scope": scope})).one_or_none()
+    if head is None:
+        return Changes(scope, 0, 0, desired.EMPTY_DIGEST, [], []) if base == 0 else None
+    if base > head.revision or base < head.floor:
+        return None
+    rows = (await connection.execute(_SINCE, {"scope": scope, "base": base})).all()
+    return Changes(
+        scope,
+        base,
+        head.revision,
+        head.digest,
+        [Resource(row.kind, row.key, row.payload) for row in rows if not row.deleted],
+        [ResourceName(row.kind, row.key) for row in rows if row.deleted],
+    )
+
+
+async def state(connection: AsyncConnection, scope: str) -> State:
+    """The whole scope, read in one transaction."""
+    head = (await connection.execute(_HEAD, {"scope": scope})).one_or_none()
+    if head is None:
+        return State(scope, 0, desired.EMPTY_DIGEST, [])
+    rows = (await connection.execute(_SINCE, {"scope": scope, "base": 0})).all()
+    resources = [Resource(row.kind, row.key, row.payload) for row in rows if not row.deleted]
+    return State(scope, head.revision, head.digest, resources)
+
+
+async def purge(tx: Transaction, scope: str, applied: int) -> int:
+    """Drop the tombstones that every node of the scope has applied; return how many there were."""
+    purged = await tx.session.execute(
+        sa.delete(DesiredRow).where(DesiredRow.scope == scope, DesiredRow.deleted, DesiredRow.revision <= applied)
+    )
+    count: int = purged.rowcount  # type: ignore[attr-defined]
+    if count:
+        await tx.session.execute(
+            sa.update(ScopeRow).where(ScopeRow.scope == scope, ScopeRow.floor < applied).values(floor=applied)
+        )
+    return count
+
+
+_HEAD = sa.select(ScopeRow.revision, ScopeRow.floor, ScopeRow.digest).where(ScopeRow.scope == sa.bindparam("scope"))
+_SINCE = (
+    sa.select(DesiredRow.kind, DesiredRow.key, DesiredRow.payload, DesiredRow.deleted)
+    .where(DesiredRow.scope == sa.bindparam("scope"), DesiredRow.revision > sa.bindparam("base"))
+    .order_by(DesiredRow.revision)
+)
+
+
+async def _rows(
+    session: AsyncSession, scope: str, names: Sequence[tuple[Kind, str]]
+) -> dict[tuple[str, str], DesiredRow]:
+    found: dict[tuple[str, str], DesiredRow] = {}
+    for start in range(0, len(names), 500):  # engines limit the parameters of a statement
+        keys = [key for _, key in names[start : start + 500]]
+        rows = await session.scalars(sa.select(DesiredRow).where(DesiredRow.scope == scope, DesiredRow.key.in_(keys)))
+        found.update({(row.kind, row.key): row for row in rows})
+    return {name: found[name] for name in names if name in found}
+
+
+async def _advance(tx: Transaction, scope: str, digest_change: int) -> int:
+    """Count one change of the scope and move its digest; the row lock orders concurrent changes."""
+    row = await tx.session.get(ScopeRow, scope, with_for_update=True)
+    if row is None:
+        row = ScopeRow(scope=scope, revision=0, floor=0, digest=desired.EMPTY_DIGEST)
+        tx.session.add(row)
+    row.revision += 1
+    row.digest = desired.digest_bytes(int.from_bytes(row.digest) + digest_change)
+    await tx.session.flush()
+    tx.poke(scope)
+    return row.revision
+
+
+async def _revision(session: AsyncSession, scope: str) -> int:
+    return await session.scalar(sa.select(ScopeRow.revision).where(ScopeRow.scope == scope)) or 0

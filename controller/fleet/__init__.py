@@ -1,0 +1,1 @@
+"""Nodes, join tokens, node certificates, the directory of servers."""

@@ -1,0 +1,64 @@
+"""Nodes and their join tokens."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Mapped, mapped_column
+
+from controller.store.types import Table
+
+
+class NodeRow(Table):
+    """A VPN host. What it runs is in `desired`; what it told of itself is here."""
+
+    __tablename__ = "nodes"
+
+    id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    country: Mapped[str] = mapped_column(sa.String(2))  # ISO 3166-1 alpha-2
+    city: Mapped[str]
+    endpoint: Mapped[str | None]  # host that clients dial; None = the address that the node connects from
+    plan: Mapped[str]  # the lowest plan that may use it
+    status: Mapped[str]  # NodeStatus
+    created_at: Mapped[datetime]
+    enrolled_at: Mapped[datetime | None]
+    wireguard_public_key: Mapped[bytes | None] = mapped_column(unique=True)
+    wireguard_port: Mapped[int]
+    address: Mapped[str | None]  # that it last connected from
+    last_seen_at: Mapped[datetime | None]
+    agent: Mapped[str | None]  # software version
+    serial: Mapped[str | None]  # hex, of the certificate in use
+    next_serial: Mapped[str | None]  # issued, not used yet; its first use makes it `serial`
+    certificate_expires_at: Mapped[datetime | None]
+    boot_id: Mapped[str | None]
+    former_boot_ids: Mapped[str] = mapped_column(sa.Text)  # spaced; one that comes back betrays a cloned disk
+
+
+class JoinTokenRow(Table):
+    """A single-use join token; only the SHA-256 of its secret is kept."""
+
+    __tablename__ = "join_tokens"
+
+    id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
+    node_id: Mapped[str] = mapped_column(sa.ForeignKey("nodes.id", ondelete="CASCADE"), index=True)
+    secret_hash: Mapped[bytes]
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    used_at: Mapped[datetime | None]
+    used_spki: Mapped[bytes | None]  # SHA-256 of the key that used it: the same key may ask again
+    certificate: Mapped[bytes | None]  # PEM that was answered
+
+
+class AppliedRow(Table):
+    """How far a node has come with a scope, and what it said about it."""
+
+    __tablename__ = "applied"
+
+    node_id: Mapped[str] = mapped_column(sa.ForeignKey("nodes.id", ondelete="CASCADE"), primary_key=True)
+    scope: Mapped[str] = mapped_column(primary_key=True)
+    revision: Mapped[int]
+    digest: Mapped[bytes]
+    applied_at: Mapped[datetime]
+    problem: Mapped[str | None] = mapped_column(sa.Text)  # refusal or failures, in the node's words

@@ -1,0 +1,1 @@
+"""Connections, addresses, client configs, sessions."""
