@@ -1,0 +1,61 @@
+# make help lists the targets. Each one installs what it needs; as root also the Debian packages.
+.DEFAULT_GOAL := help
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+SYSTEM := requirements/install-system
+RUNTIME_PACKAGES := wireguard-go wireguard-tools nftables iproute2 iputils-ping procps
+TEST_PACKAGES := $(RUNTIME_PACKAGES) curl iperf3 systemd
+BENCH_PACKAGES := $(TEST_PACKAGES) wrk prometheus-node-exporter strace
+CHECKED := controller agent shared tests bench
+
+.PHONY: help install up demo test check pytest test-kernel bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## the .venv and the missing system packages
+	@$(SYSTEM) $(RUNTIME_PACKAGES)
+
+$(VENV)/.installed: pyproject.toml requirements/dev.txt
+	@python3 -m venv --help >/dev/null 2>&1 && python3 -c 'import ensurepip' 2>/dev/null || $(SYSTEM) python3-venv
+	@test -x $(VENV)/bin/pip || python3 -m venv $(VENV)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+up: install ## controller and one node on this machine, in the foreground
+	@$(VENV)/bin/skynetvpn up
+
+demo: install ## the whole main job once, in network namespaces; the exit status tells
+	@$(PYTHON) -m tests.demo
+
+test: check pytest test-kernel ## everything that must hold
+
+check: $(VENV)/.installed ## format, lint, types
+	@$(VENV)/bin/ruff format --check --quiet $(CHECKED)
+	@$(VENV)/bin/ruff check --quiet $(CHECKED)
+	@$(VENV)/bin/mypy
+
+pytest: install
+	@$(SYSTEM) $(TEST_PACKAGES)
+	@$(PYTHON) -m pytest -q -m "not kernel"
+
+test-kernel: install ## the tests that need WireGuard in the kernel, in a virtual machine
+	@$(SYSTEM) $(TEST_PACKAGES)
+	@tests/vm/setup
+	@tests/vm/run -t 900 -- $(PYTHON) -m pytest -q -m kernel -p no:cacheprovider
+
+bench: install ## measures against the named peers; JSON in bench/results
+	@$(SYSTEM) $(BENCH_PACKAGES)
+	@$(PYTHON) -m bench
+
+lock: $(VENV)/.installed ## make the requirement files anew from pyproject.toml
+	@$(VENV)/bin/pip install --quiet uv
+	@for extras in "controller" "agent" "controller agent dev"; do \
+	    $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url \
+	        --no-emit-find-links --python-version 3.11 $$(printf -- '--extra %s ' $$extras) pyproject.toml \
+	        -o requirements/$$(echo $$extras | awk '{print $$NF}').txt; \
+	done
+
+clean: ## forget everything that the targets made here
+	@rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

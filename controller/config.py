@@ -1,0 +1,277 @@
+"""The controller's settings: D/controller.yaml and SKYNETVPN_* in the environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from controller.accounts.principal import Plan
+from controller.secretbox import SecretBox
+from shared.settings import SettingsError, check, load
+
+ENVIRONMENT_PREFIX = "SKYNETVPN"
+CONTRACTS = ("skynet", "skypanel", "prime", "cloudvps", "irssh")
+_SECRET_BYTES = 32
+
+
+def _listen(value: str) -> str:
+    host, port = split_address(value)
+    if host != "localhost":
+        ip_address(host)
+    if not 0 <= port <= 65535:
+        raise ValueError("the port is not between 0 and 65535")
+    return value
+
+
+def _dial(value: str) -> str:
+    host, port = split_address(value)
+    if not host or not 1 <= port <= 65535:
+        raise ValueError("expected host:port")
+    return value
+
+
+def _pool4(value: str) -> str:
+    network = ip_network(value)
+    if not isinstance(network, IPv4Network) or not 16 <= network.prefixlen <= 28:
+        raise ValueError("expected an IPv4 network of /16 to /28")
+    return value
+
+
+def _pool6(value: str) -> str:
+    network = ip_network(value)
+    if not isinstance(network, IPv6Network) or not 64 <= network.prefixlen <= 112:
+        raise ValueError("expected an IPv6 network of /64 to /112")
+    return value
+
+
+def _port(value: int) -> int:
+    if not 1 <= value <= 65535:
+        raise ValueError("expected a port between 1 and 65535")
+    return value
+
+
+def _positive(value: int) -> int:
+    if value <= 0:
+        raise ValueError("expected a number above 0")
+    return value
+
+
+def _addresses(value: tuple[str, ...]) -> tuple[str, ...]:
+    for item in value:
+        ip_address(item)
+    return value
+
+
+def _networks(value: tuple[str, ...]) -> tuple[str, ...]:
+    for item in value:
+        ip_network(item)
+    return value
+
+
+def _known_contracts(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    unknown = sorted(set(value) - set(CONTRACTS))
+    if unknown:
+        raise ValueError(f"unknown contract {', '.join(unknown)}; expected one of {', '.join(CONTRACTS)}")
+    return value
+
+
+def _known_plans(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    unknown = sorted(set(value) - set(Plan))
+    if unknown:
+        raise ValueError(f"unknown plan {', '.join(unknown)}; expected one of {', '.join(Plan)}")
+    return value
+
+
+def _contract_values(value: Mapping[str, str]) -> Mapping[str, str]:
+    _known_contracts(dict.fromkeys(value.values()))
+    return value
+
+
+def _one_contract(value: str) -> str:
+    _known_contracts({value: None})
+    return value
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Passwords:
+    """Argon2id (RFC 9106); the defaults are the least that is still considered safe."""
+
+    memory_kib: int = field(default=19_456, metadata=check(_positive))
+    time_cost: int = field(default=2, metadata=check(_positive))
+    parallelism: int = field(default=1, metadata=check(_positive))
+    workers: int = field(default=2, metadata=check(_positive))
+    queue: int = field(default=64, metadata=check(_positive))  # logins that may wait; more answer 503
+
+
+@dataclass(frozen=True, slots=True)
+class Tunnel:
+    """What every node's WireGuard interface and every client config gets."""
+
+    ipv4_pool: str = field(default="10.66.0.0/16", metadata=check(_pool4))
+    ipv6_pool: str = field(default="fd66:6b79::/112", metadata=check(_pool6))
+    port: int = field(default=51820, metadata=check(_port))
+    mtu: int = field(default=1420, metadata=check(_positive))
+    dns: tuple[str, ...] = field(default=("1.1.1.1", "2606:4700:4700::1111"), metadata=check(_addresses))
+    cool_down_seconds: int = field(default=600, metadata=check(_positive))
+    max_bytes_per_second: int = field(default=12_500_000_000, metadata=check(_positive))  # more is a broken counter
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """Requests per client address (IPv6: per /64) in a sliding window; 0 requests = no limit."""
+
+    requests: int = 0
+    window_seconds: int = field(default=900, metadata=check(_positive))
+    auth_requests: int = 10
+    auth_window_seconds: int = field(default=60, metadata=check(_positive))
+
+
+@dataclass(frozen=True, slots=True)
+class Contracts:
+    hosts: dict[str, str] = field(default_factory=dict, metadata=check(_contract_values))  # host name -> contract
+    default_api: str = field(default="skynet", metadata=check(_one_contract))
+    default_v1: str = field(default="prime", metadata=check(_one_contract))
+    cors_origins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLimits:
+    max_connections: int = field(metadata=check(_positive))
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    database_url: str
+    ca_directory: Path
+    secret_key_file: Path
+    listen: str = field(default="127.0.0.1:8080", metadata=check(_listen))
+    node_listen: str = field(default="0.0.0.0:8443", metadata=check(_listen))  # noqa: S104 - mutual TLS guards it
+    node_address: str | None = field(default=None, metadata=check(_dial))  # that nodes dial; goes into join tokens
+    log_level: LogLevel = LogLevel.INFO
+    login_hours: int = field(default=24, metadata=check(_positive))
+    certificate_days: int = field(default=7, metadata=check(_positive))
+    trusted_proxies: tuple[str, ...] = field(default=(), metadata=check(_networks))
+    passwords: Passwords = Passwords()
+    tunnel: Tunnel = Tunnel()
+    contracts: Contracts = Contracts()
+    rate_limits: dict[str, RateLimit] = field(default_factory=dict, metadata=check(_known_contracts))
+    plans: dict[str, PlanLimits] = field(default_factory=dict, metadata=check(_known_plans))
+
+    def max_connections(self, plan: Plan) -> int:
+        return self.plans[plan].max_connections if plan in self.plans else _MAX_CONNECTIONS[plan]
+
+    def dialled_address(self) -> str:
+        """host:port of the node channel as nodes reach it."""
+        if self.node_address is not None:
+            return self.node_address
+        host, port = split_address(self.node_listen)
+        if host != "localhost" and ip_address(host).is_unspecified:
+            host = _own_address()
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+_MAX_CONNECTIONS = {Plan.FREE: 2, Plan.PRO: 10, Plan.ENTERPRISE: 100}
+
+
+def read_config(path: Path, environ: Mapping[str, str]) -> Config:
+    """Read the file and the environment; raise SettingsError that lists all that is wrong with either."""
+    try:
+        mapping = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SettingsError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except yaml.YAMLError as error:
+        raise SettingsError(str(path), [f"is not YAML: {error}"]) from error
+    base = path.resolve().parent
+    config = load(Config, mapping, environ=environ, prefix=ENVIRONMENT_PREFIX, source=str(path))
+    config = replace(
+        config,
+        ca_directory=base / config.ca_directory,
+        secret_key_file=base / config.secret_key_file,
+        database_url=_absolute_sqlite(config.database_url, base),
+    )
+    if problems := _dangers(config):
+        raise SettingsError(str(path), problems)
+    return config
+
+
+def read_secrets(path: Path) -> SecretBox:
+    """Read the keys that seal secrets in the database; the first line's key seals, all of them open."""
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    keys: dict[str, bytes] = {}
+    for number, line in enumerate(lines, 1):
+        key_id, _, text = line.partition(":")
+        try:
+            key = bytes.fromhex(text)
+        except ValueError:
+            key = b""
+        if not key_id or len(key) != _SECRET_BYTES or len(set(key)) < _SECRET_BYTES // 4:
+            raise SettingsError(str(path), [f"line {number}: expected `id:` and {_SECRET_BYTES} random bytes in hex"])
+        keys[key_id] = key
+    if not keys:
+        raise SettingsError(str(path), ["holds no key; make a new directory with `skynetvpn-controller init`"])
+    return SecretBox(keys, next(iter(keys)))
+
+
+def new_secret_line() -> str:
+    return f"k1:{os.urandom(_SECRET_BYTES).hex()}\n"
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """`host:port` or `[v6]:port` in two; raise ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit():
+        raise ValueError("expected host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _dangers(config: Config) -> list[str]:
+    problems = []
+    for name, path in (("secret_key_file", config.secret_key_file), ("ca_directory", config.ca_directory / "ca.key")):
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            problems.append(f"{name}: {path} cannot be read: {error.strerror}")
+            continue
+        if stat.S_IMODE(mode) & 0o077:
+            problems.append(f"{name}: {path} can be read by others; run chmod 600 {path}")
+    try:
+        if config.secret_key_file.is_file():
+            read_secrets(config.secret_key_file)
+    except SettingsError as error:
+        problems += [f"secret_key_file: {problem}" for problem in error.problems]
+    except OSError as error:
+        problems.append(f"secret_key_file: {config.secret_key_file} cannot be read: {error.strerror}")
+    return problems
+
+
+def _absolute_sqlite(url: str, base: Path) -> str:
+    scheme, separator, path = url.partition(":///")
+    if not scheme.startswith("sqlite") or not separator or path.startswith("/"):
+        return url
+    return f"{scheme}:///{base / path}"
+
+
+def _own_address() -> str:
+    """The address that this machine would use towards the internet; asks the routing table, sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
