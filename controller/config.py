@@ -161,7 +161,7 @@ class Config:
     ca_directory: Path
     secret_key_file: Path
     listen: str = field(default="127.0.0.1:8080", metadata=check(_listen))
-    node_listen: str = field(default="0.0.0.0:8443", metadata=check(_listen))  # noqa: S104 - mutual TLS guards it
+    node_listen: str = field(default="0.0.0.0:8443", metadata=check(_listen))  # mutual TLS guards it
     node_address: str | None = field(default=None, metadata=check(_dial))  # that nodes dial; goes into join tokens
     log_level: LogLevel = LogLevel.INFO
     login_hours: int = field(default=24, metadata=check(_positive))
