@@ -1,0 +1,152 @@
+"""The text protocol of userspace WireGuard (wireguard.com/xplatform); pure."""
+
+from __future__ import annotations
+
+import os
+import re
+from binascii import unhexlify
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from agent.drivers.wireguard.server import ServerPeer
+from shared.desired import Peer
+from shared.keys import KEY_BYTES, PrivateKey
+from shared.protocol import PeerStats
+
+GET = b"get=1\n\n"
+_NO_KEY = "0" * (2 * KEY_BYTES)
+# How wireguard-go writes a peer; another program may order its lines differently and is read line by line.
+_STATS = re.compile(
+    r"public_key=(.{64})\n"
+    r"preshared_key=.{64}\n"
+    r"protocol_version=1\n"
+    r"(?:endpoint=(.+)\n)?"
+    r"last_handshake_time_sec=(.+)\n"
+    r"last_handshake_time_nsec=.+\n"
+    r"tx_bytes=(.+)\n"
+    r"rx_bytes=(.+)\n"
+)
+
+
+class MalformedAnswer(ValueError):
+    """Text that is not an answer of this protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The interface's own part of a `get` answer."""
+
+    private_key: bytes = field(default=b"", repr=False)  # 32 bytes, or b"" where none is set
+    listen_port: int = 0
+
+
+def set_private_key(key: PrivateKey) -> bytes:
+    return f"set=1\nprivate_key={key.raw.hex()}\n\n".encode()
+
+
+def set_listen_port(port: int) -> bytes:
+    return f"set=1\nlisten_port={port}\n\n".encode()
+
+
+def set_peers(peers: Iterable[Peer]) -> bytes:
+    """Add the peers, or make those that exist exactly these; endpoint and counters stay."""
+    return f"set=1\n{''.join(map(_peer, peers))}\n".encode()
+
+
+def set_server(server: ServerPeer) -> bytes:
+    host, port = server.endpoint
+    endpoint = f"endpoint=[{host}]:{port}\n" if host.version == 6 else f"endpoint={host}:{port}\n"
+    return f"set=1\n{_peer(server.peer)}{endpoint}\n".encode()
+
+
+def remove_peers(public_keys: Iterable[bytes]) -> bytes:
+    lines = "".join([f"public_key={key.hex()}\nremove=true\n" for key in public_keys])
+    return f"set=1\n{lines}\n".encode()
+
+
+def parse_error(answer: str) -> str | None:
+    """The last line's errno as words, or None where the operation succeeded."""
+    _, found, number = answer.rstrip("\n").rpartition("errno=")
+    try:
+        code = abs(int(number))
+    except ValueError as error:
+        raise MalformedAnswer("an answer without errno") from error
+    if not found:
+        raise MalformedAnswer("an answer without errno")
+    return os.strerror(code) if code else None
+
+
+def parse_settings(answer: str) -> Settings:
+    head = answer[: max(answer.find("public_key="), 0) or None]
+    values = dict(_pairs(head))
+    private_key = values.get("private_key", _NO_KEY)
+    return Settings(
+        private_key=unhexlify(private_key) if private_key != _NO_KEY else b"",
+        listen_port=int(values.get("listen_port", "0")),
+    )
+
+
+def parse_peers(answer: str) -> tuple[Peer, ...]:
+    return tuple(map(_parse_peer, _blocks(answer)))
+
+
+def parse_stats(answer: str) -> list[PeerStats]:
+    found = _STATS.findall(answer)
+    if len(found) != answer.count("public_key="):
+        return list(map(_parse_stats, _blocks(answer)))
+    return [
+        PeerStats(unhexlify(key), int(rx), int(tx), int(seconds), endpoint) for key, endpoint, seconds, tx, rx in found
+    ]
+
+
+def _peer(peer: Peer) -> str:
+    preshared_key = peer.preshared_key.hex() if peer.preshared_key else _NO_KEY
+    allowed_ips = "".join([f"allowed_ip={prefix}\n" for prefix in peer.allowed_ips])
+    return (
+        f"public_key={peer.public_key.hex()}\npreshared_key={preshared_key}\n"
+        f"persistent_keepalive_interval={peer.keepalive}\nreplace_allowed_ips=true\n{allowed_ips}"
+    )
+
+
+def _blocks(answer: str) -> list[str]:
+    """One text for each peer: its public key, then its lines."""
+    return ("\n" + answer).split("\npublic_key=")[1:]
+
+
+def _parse_peer(block: str) -> Peer:
+    key, _, lines = block.partition("\n")
+    preshared_key, keepalive, allowed_ips = _NO_KEY, 0, []
+    for name, value in _pairs(lines):
+        if name == "allowed_ip":
+            allowed_ips.append(value)
+        elif name == "preshared_key":
+            preshared_key = value
+        elif name == "persistent_keepalive_interval":
+            keepalive = int(value)
+    return Peer(
+        public_key=unhexlify(key),
+        allowed_ips=tuple(allowed_ips),
+        preshared_key=unhexlify(preshared_key) if preshared_key != _NO_KEY else None,
+        keepalive=keepalive,
+    )
+
+
+def _parse_stats(block: str) -> PeerStats:
+    key, _, lines = block.partition("\n")
+    values = dict(_pairs(lines))
+    return PeerStats(
+        public_key=unhexlify(key),
+        rx=int(values.get("rx_bytes", "0")),
+        tx=int(values.get("tx_bytes", "0")),
+        handshake=int(values.get("last_handshake_time_sec", "0")),
+        endpoint=values.get("endpoint", ""),
+    )
+
+
+def _pairs(lines: str) -> Iterator[tuple[str, str]]:
+    for line in lines.split("\n"):
+        name, found, value = line.partition("=")
+        if found:
+            yield name, value
+        elif line:
+            raise MalformedAnswer("a line without =")
