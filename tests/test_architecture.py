@@ -1,0 +1,141 @@
+"""Who may import whom. Each rule has its reason; a broken one is a design change, not a line to add here."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("accounts", "fleet", "tunnels", "billing", "hosting", "support", "events")
+
+
+@dataclass(frozen=True)
+class Rule:
+    where: str  # module prefix that the rule is about
+    forbidden: tuple[str, ...]
+    reason: str
+    except_in: tuple[str, ...] = ()
+
+
+RULES = [
+    Rule("agent", ("controller",), "the two sides agree through shared/ only"),
+    Rule("controller", ("agent",), "the two sides agree through shared/ only"),
+    Rule("shared", ("agent", "controller", "aiohttp", "structlog", "asyncio"), "shared is pure: no side, no I/O"),
+    Rule("", ("tests", "bench"), "the product does not know its tests", except_in=("tests", "bench")),
+    Rule(
+        "controller",
+        ("controller.app",),
+        "nothing knows the composition root but the command line",
+        except_in=("controller.__main__", "controller.app"),
+    ),
+    *(
+        Rule(f"controller.{room}", ("aiohttp", "controller.contracts", "controller.channel"), "a use case has no HTTP")
+        for room in (*ROOMS, "desired", "store")
+    ),
+    *(
+        Rule(
+            f"controller.{room}",
+            tuple(f"controller.{other}.tables" for other in ROOMS if other != room),
+            "a room asks another room's service, not its tables",
+        )
+        for room in ROOMS
+    ),
+    Rule(
+        "controller.contracts",
+        ("controller.channel", "controller.store", "controller.desired", "sqlalchemy"),
+        "a contract is thin: services only",
+    ),
+    Rule(
+        "controller.contracts",
+        tuple(f"controller.{room}.tables" for room in ROOMS),
+        "a contract is thin: services only",
+    ),
+    *(
+        Rule(
+            f"controller.contracts.{name}",
+            tuple(
+                f"controller.contracts.{other}"
+                for other in ("skynet", "skypanel", "prime", "cloudvps", "irssh")
+                if other != name
+            ),
+            "contracts are siblings that know only the domain",
+        )
+        for name in ("skynet", "skypanel", "prime", "cloudvps", "irssh", "kit")
+    ),
+    Rule("agent.plan", ("asyncio", "agent.drivers.wireguard", "aiohttp"), "the plan is pure"),
+    Rule("agent.drivers", ("agent.link", "agent.reconciler", "agent.state", "aiohttp"), "a driver knows only the host"),
+    Rule("agent", ("subprocess",), "processes start in one place", except_in=("agent.drivers.commands",)),
+    Rule("controller", ("subprocess",), "the controller starts no process"),
+]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for top in ("agent", "controller", "shared"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute, so that a search finds them"
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def within(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.where or 'all'} not {rule.forbidden[0]}")
+def test_import_rule(rule: Rule) -> None:
+    broken = [
+        f"{module} imports {name}"
+        for module, path in modules().items()
+        if within(module, rule.where) and not any(within(module, prefix) for prefix in rule.except_in)
+        for name in sorted(imports(path))
+        if any(within(name, prefix) for prefix in rule.forbidden)
+    ]
+    assert not broken, f"{rule.reason}: {broken}"
+
+
+def test_shared_imports_only_the_standard_library_keys_and_codec() -> None:
+    allowed = {*sys.stdlib_module_names, "cryptography", "msgspec", "shared"}
+    foreign = {
+        f"{module}: {name}"
+        for module, path in modules().items()
+        if within(module, "shared")
+        for name in imports(path)
+        if name.split(".")[0] not in allowed
+    }
+    assert not foreign
+
+
+def test_no_shell_strings() -> None:
+    """Data never meets a shell: only argument lists start programs."""
+    banned = {"system", "popen", "create_subprocess_shell", "getoutput", "getstatusoutput"}
+    found = []
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                shell = any(keyword.arg == "shell" for keyword in node.keywords)
+                if name in banned or shell:
+                    found.append(f"{module}:{node.lineno}")
+    assert not found
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    silent = [module for module, path in modules().items() if ast.get_docstring(ast.parse(path.read_text())) is None]
+    assert not silent
