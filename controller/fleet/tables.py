@@ -62,3 +62,5 @@ class AppliedRow(Table):
     digest: Mapped[bytes]
     applied_at: Mapped[datetime]
     problem: Mapped[str | None] = mapped_column(sa.Text)  # refusal or failures, in the node's words
+    refused_revision: Mapped[int | None]  # of the snapshot that the node's blast-radius guard refused
+    confirmed_at: Mapped[datetime | None]  # an operator allowed that removal; forgotten when it is applied
