@@ -146,9 +146,7 @@ def _leaf(
         .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
         .add_extension(name, critical=True)  # RFC 5280 §4.2.1.6: critical where the subject is empty
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key()), critical=False
-        )
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key()), critical=False)
         .sign(issuer.key, hashes.SHA256())
     )
 

@@ -24,7 +24,7 @@ COUNTRIES = frozenset(
     MS MT MU MV MW MX MY MZ NA NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT PW PY QA RE RO
     RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO TR TT TV
     TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM ZW
-    """.split()
+    """.split()  # noqa: SIM905 - a list of 249 literals would fill a page
 )
 
 
@@ -72,3 +72,8 @@ def is_host(text: str) -> bool:
         labels = text.removesuffix(".").split(".")
         return len(text) <= 253 and all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
     return "%" not in text and not address.is_unspecified and not address.is_multicast
+
+
+def printable(text: str) -> str:
+    """A node's words without control and direction characters, fit for a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -31,6 +31,7 @@ class NodeRow(Table):
     agent: Mapped[str | None]  # software version
     serial: Mapped[str | None]  # hex, of the certificate in use
     next_serial: Mapped[str | None]  # issued, not used yet; its first use makes it `serial`
+    promoted_at: Mapped[datetime | None]  # when `serial` was first used
     certificate_expires_at: Mapped[datetime | None]
     boot_id: Mapped[str | None]
     former_boot_ids: Mapped[str] = mapped_column(sa.Text)  # spaced; one that comes back betrays a cloned disk

@@ -1,0 +1,132 @@
+"""How far each node has come with each scope: written in batches, since a lost acknowledgement only costs a resend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.dialects import postgresql, sqlite
+
+from controller.desired import service as desired
+from controller.desired.tables import DesiredRow
+from controller.fleet.nodes import printable
+from controller.fleet.tables import AppliedRow, NodeRow
+from controller.store.database import Database
+from controller.store.types import now
+
+_ABSENT = timedelta(days=7)  # a node away for longer holds up no purge; it gets a snapshot when it returns
+_MAX_PROBLEM = 2000
+_BATCH = 500
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What is known of a node's scope from its earlier sessions."""
+
+    refused_revision: int | None
+    confirmed: bool
+
+
+class Progress:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._pending: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def applied(self, node_id: str, scope: str, revision: int, digest: bytes, problem: str | None) -> None:
+        self._pending[node_id, scope] = {
+            "revision": revision,
+            "digest": digest,
+            "applied_at": now(),
+            "problem": printable(problem)[:_MAX_PROBLEM] if problem else None,
+            "refused_revision": None,
+            "confirmed_at": None,
+        }
+
+    async def refused(self, node_id: str, scope: str, revision: int, problem: str) -> None:
+        """Stored at once: an operator may confirm it from another process."""
+        await self.flush()
+        refusal = {
+            "problem": printable(problem)[:_MAX_PROBLEM],
+            "refused_revision": revision,
+            "confirmed_at": None,
+        }
+        first = {"revision": 0, "digest": b"", "applied_at": now()}
+        await self._upsert([{"node_id": node_id, "scope": scope, **first, **refusal}], list(refusal))
+
+    async def flush(self) -> None:
+        """Write what came since the last call; it is kept where the database fails."""
+        if not self._pending:
+            return
+        batch, self._pending = self._pending, {}
+        rows = [{"node_id": node_id, "scope": scope, **values} for (node_id, scope), values in sorted(batch.items())]
+        try:
+            await self._upsert(rows, [name for name in rows[0] if name not in ("node_id", "scope")])
+        except BaseException:
+            self._pending = batch | self._pending
+            raise
+
+    async def standing(self, node_id: str) -> dict[str, Standing]:
+        async with self._database.read() as session:
+            rows = await session.scalars(sa.select(AppliedRow).where(AppliedRow.node_id == node_id))
+            return {row.scope: Standing(row.refused_revision, row.confirmed_at is not None) for row in rows}
+
+    async def confirmed(self, node_ids: Collection[str]) -> list[tuple[str, str]]:
+        """The (node, scope) pairs whose refused snapshot an operator has allowed since."""
+        found: list[tuple[str, str]] = []
+        async with self._database.connect() as connection:
+            for part in _parts(sorted(node_ids)):
+                rows = await connection.execute(
+                    sa.select(AppliedRow.node_id, AppliedRow.scope).where(
+                        AppliedRow.node_id.in_(part), AppliedRow.confirmed_at.is_not(None)
+                    )
+                )
+                found += [(row.node_id, row.scope) for row in rows]
+        return found
+
+    async def seen(self, node_ids: Collection[str], moment: datetime) -> None:
+        async with self._database.transaction() as tx:
+            for part in _parts(sorted(node_ids)):
+                await tx.session.execute(sa.update(NodeRow).where(NodeRow.id.in_(part)).values(last_seen_at=moment))
+
+    async def purge(self, scopes_of: Callable[[str], Sequence[str]]) -> int:
+        """Drop the tombstones that every node of their scope has applied; return how many."""
+        async with self._database.read() as session:
+            scopes = set(await session.scalars(sa.select(DesiredRow.scope).where(DesiredRow.deleted).distinct()))
+            nodes = await session.scalars(sa.select(NodeRow.id).where(NodeRow.last_seen_at > now() - _ABSENT))
+            members: dict[str, set[str]] = {}
+            for node_id in nodes:
+                for scope in scopes.intersection(scopes_of(node_id)):
+                    members.setdefault(scope, set()).add(node_id)
+            floors: dict[str, int] = {}
+            for scope, wanted in members.items():
+                rows = await session.execute(
+                    sa.select(AppliedRow.node_id, AppliedRow.revision).where(AppliedRow.scope == scope)
+                )
+                reached = {row.node_id: row.revision for row in rows if row.node_id in wanted}
+                if len(reached) == len(wanted):
+                    floors[scope] = min(reached.values())
+        purged = 0
+        for scope, floor in sorted(floors.items()):
+            async with self._database.transaction() as tx:
+                purged += await desired.purge(tx, scope, floor)
+        return purged
+
+    async def _upsert(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
+        insert = postgresql.insert if self._database.engine.dialect.name == "postgresql" else sqlite.insert
+        statement: Any = insert(AppliedRow)
+        statement = statement.on_conflict_do_update(
+            index_elements=["node_id", "scope"], set_={name: statement.excluded[name] for name in columns}
+        )
+        async with self._database.transaction() as tx:
+            connection = await tx.session.connection()
+            await connection.execute(statement, rows)
+
+
+def _parts(items: list[str]) -> list[list[str]]:
+    return [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]

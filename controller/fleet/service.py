@@ -1,0 +1,172 @@
+"""What an administrator does with nodes: join tokens, status, and the confirmation of a refused snapshot."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from controller.desired import service as desired
+from controller.fleet.errors import NodeNotFound, NothingToConfirm
+from controller.fleet.nodes import NodeSpec, NodeStatus
+from controller.fleet.tables import AppliedRow, JoinTokenRow, NodeRow
+from controller.store.database import Database, Topic, Transaction
+from controller.store.types import new_id, now
+from shared.addresses import Network
+from shared.desired import Interface
+from shared.jointoken import JoinToken
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    channel_address: str  # host:port that nodes dial; goes into join tokens
+    ipv4_pool: Network
+    ipv6_pool: Network | None = None
+    interface: str = "sky0"
+    wireguard_port: int = 51820
+    join_token_lifetime: timedelta = timedelta(minutes=10)
+    certificate_lifetime: timedelta = timedelta(days=7)
+    promotion_grace: timedelta = timedelta(minutes=10)  # a host that lost the answer to its first use may fall back
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node as an administrator sees it."""
+
+    id: str
+    name: str
+    country: str
+    city: str
+    endpoint: str | None
+    address: str | None
+    plan: str
+    status: NodeStatus
+    enrolled_at: datetime | None
+    last_seen_at: datetime | None
+    certificate_expires_at: datetime | None
+    agent: str | None
+    problem: str | None  # in the node's words
+
+
+class Fleet:
+    def __init__(self, database: Database, ca_pin: bytes, settings: FleetSettings) -> None:
+        self._database = database
+        self._ca_pin = ca_pin
+        self._settings = settings
+
+    async def issue_join_token(self, spec: NodeSpec, lifetime: timedelta | None = None) -> str:
+        """Create the node, or change the one of that name to this, and return a token for its host."""
+        spec.check()
+        async with self._database.transaction() as tx:
+            row = await tx.session.scalar(sa.select(NodeRow).where(NodeRow.name == spec.name))
+            if row is None:
+                row = await self._create(tx, spec)
+            row.country, row.city, row.endpoint, row.plan = spec.country, spec.city, spec.endpoint, spec.plan
+            tx.touch(Topic.NODES)
+            return await self._issue(tx, row, lifetime)
+
+    async def reissue_join_token(self, name: str, lifetime: timedelta | None = None) -> str:
+        """A token for a node that is there already; what was handed out for it before is void."""
+        async with self._database.transaction() as tx:
+            return await self._issue(tx, await _by_name(tx.session, name), lifetime)
+
+    async def nodes(self) -> list[Node]:
+        async with self._database.read() as session:
+            rows = (await session.scalars(sa.select(NodeRow).order_by(NodeRow.name))).all()
+            problems = await session.execute(
+                sa.select(AppliedRow.node_id, AppliedRow.problem).where(AppliedRow.problem.is_not(None))
+            )
+            words = {problem.node_id: problem.problem for problem in problems}
+        return [_node(row, words.get(row.id)) for row in rows]
+
+    async def set_status(self, name: str, status: NodeStatus) -> None:
+        """A node that is no longer admitted is cut off at once by every controller; its tunnels stay."""
+        async with self._database.transaction() as tx:
+            row = await _by_name(tx.session, name)
+            if row.status == status:
+                return
+            before, row.status = row.status, status
+            tx.touch(Topic.NODES)
+        log.info("fleet.node_status", node=name, before=before, after=status)
+
+    async def confirm_snapshot(self, name: str) -> None:
+        """Allow the removal that the node refused; the session that holds it sends the snapshot again, confirmed."""
+        async with self._database.transaction() as tx:
+            row = await _by_name(tx.session, name)
+            confirmed = await tx.session.execute(
+                sa.update(AppliedRow)
+                .where(AppliedRow.node_id == row.id, AppliedRow.refused_revision.is_not(None))
+                .values(confirmed_at=now())
+            )
+            if confirmed.rowcount == 0:  # type: ignore[attr-defined]
+                raise NothingToConfirm(name=name)
+            tx.touch(Topic.NODES)
+        log.warning("fleet.snapshot_confirmed", node=name)
+
+    async def _create(self, tx: Transaction, spec: NodeSpec) -> NodeRow:
+        settings = self._settings
+        row = NodeRow(
+            id=new_id(),
+            name=spec.name,
+            status=NodeStatus.ENABLED,
+            created_at=now(),
+            wireguard_port=settings.wireguard_port,
+            former_boot_ids="",
+        )
+        tx.session.add(row)
+        pools = [pool for pool in (settings.ipv4_pool, settings.ipv6_pool) if pool is not None]
+        interface = Interface(
+            name=settings.interface,
+            listen_port=settings.wireguard_port,
+            addresses=tuple(f"{pool[1]}/{pool.prefixlen}" for pool in pools),
+        )
+        await desired.put(tx, desired.node_scope(row.id), [interface])
+        log.info("fleet.node_created", node=spec.name, node_id=row.id)
+        return row
+
+    async def _issue(self, tx: Transaction, row: NodeRow, lifetime: timedelta | None) -> str:
+        await tx.session.execute(sa.delete(JoinTokenRow).where(JoinTokenRow.node_id == row.id))
+        secret = os.urandom(32)
+        issued = JoinTokenRow(
+            id=new_id(),
+            node_id=row.id,
+            secret_hash=hashlib.sha256(secret).digest(),
+            created_at=now(),
+            expires_at=now() + (lifetime or self._settings.join_token_lifetime),
+        )
+        tx.session.add(issued)
+        return JoinToken(
+            address=self._settings.channel_address, id=issued.id, secret=secret, ca_pin=self._ca_pin
+        ).encode()
+
+
+async def _by_name(session: AsyncSession, name: str) -> NodeRow:
+    row = await session.scalar(sa.select(NodeRow).where(NodeRow.name == name))
+    if row is None:
+        raise NodeNotFound(name=name)
+    return row
+
+
+def _node(row: NodeRow, problem: str | None) -> Node:
+    return Node(
+        id=row.id,
+        name=row.name,
+        country=row.country,
+        city=row.city,
+        endpoint=row.endpoint,
+        address=row.address,
+        plan=row.plan,
+        status=NodeStatus(row.status),
+        enrolled_at=row.enrolled_at,
+        last_seen_at=row.last_seen_at,
+        certificate_expires_at=row.certificate_expires_at,
+        agent=row.agent,
+        problem=problem,
+    )
