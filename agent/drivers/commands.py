@@ -17,9 +17,9 @@ _MAX_WORDS = 2000
 async def run(argv: Sequence[str], *, stdin: str | None = None, timeout: float = 15) -> str:
     """Run a program to its end and return what it printed.
 
-    Also starts daemons: one that goes to the background after it is ready outlives the agent, because it gets a session
-    of its own and inherits no descriptor. The environment is only PATH and LC_ALL=C, so that messages can be read and no
-    variable of the agent changes what a program does.
+    Also starts daemons: one that goes to the background when it is ready outlives the agent, because it gets a session
+    of its own and inherits no descriptor. The environment is only PATH and LC_ALL=C, so that messages can be read and
+    no variable of the agent changes what a program does.
 
     Raises Unsupported where the program is not there, else DriverError with its words (never with `stdin`).
     """

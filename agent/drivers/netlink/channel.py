@@ -8,7 +8,7 @@ import errno
 import itertools
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from agent.drivers.base import DeviceMissing, DriverError
 from agent.drivers.netlink.codec import (
@@ -65,8 +65,8 @@ class Channel:
         """
         return await asyncio.to_thread(self._locked, lambda: self._request(what, type_, payload, flags))
 
-    async def requests(self, what: str, type_: int, payloads: Sequence[bytes]) -> None:
-        """Send several requests one after the other; the first error ends it."""
+    async def requests(self, what: str, type_: int, payloads: Iterable[bytes]) -> None:
+        """Send requests one after the other; the first error ends it. The thread also takes them from the iterable."""
 
         def all_of_them() -> list[bytes]:
             for payload in payloads:

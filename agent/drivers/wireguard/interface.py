@@ -10,8 +10,8 @@ from agent.drivers.base import DriverError
 from agent.drivers.netlink.rtnl import Link, Rtnl
 from shared.desired import Interface
 
-# The generation is a random tag in the interface's alias (`ip link show`): it lives exactly as long as the interface and
-# its counters, survives the agent, and is never given to the next interface of the same name or index.
+# The generation is a random tag in the interface's alias (`ip link show`): it lives exactly as long as the interface
+# and its counters, survives the agent, and is never given to the next interface of the same name or index.
 _TAG = re.compile(r"skynetvpn:([0-9a-f]{16})\b")
 _MAX_ALIAS = 255
 

@@ -127,9 +127,9 @@ class UserspaceWireGuard:
             raise DriverError(f"{name} is there, but no program answers at {path}: delete {name} to have it made anew")
 
     async def _bring_up(self, link: Link) -> None:
-        """Bring the link up and wait until the program has opened a port, so that the next one it is told is tried.
+        """Bring the link up and wait until the program has opened some port.
 
-        A port in use is an error only when it is set on a device that is up; set before, the device stays silently down.
+        Only then is a port in use an error; told before, the program would stay down and say nothing.
         """
         name = link.name
         await self._socket(name).set(f"reset the port of {name}", [uapi.set_listen_port(0)])
@@ -157,7 +157,7 @@ class UserspaceWireGuard:
 async def _wait_until(condition: Callable[[], Awaitable[bool]], otherwise: str) -> None:
     try:
         async with asyncio.timeout(_PATIENCE):
-            while not await condition():
+            while not await condition():  # noqa: ASYNC110 — another process changes it and tells nobody
                 await asyncio.sleep(0.01)
     except TimeoutError as error:
         raise DriverError(f"{otherwise} within {_PATIENCE:g} s") from error
