@@ -1,4 +1,4 @@
-"""The last good desired state on disk: SQLite, written before anything is applied; a damaged file is never "no peers"."""
+"""The last good desired state on disk, written before anything is applied; a damaged file is never "no peers"."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TypeVar
 import structlog
 
 from agent import files
+from agent.errors import AgentError
 from shared.protocol import Resource, ResourceName
 
 T = TypeVar("T")
@@ -109,7 +110,7 @@ class State:
     async def _run(self, function: Callable[..., T], *arguments: object) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, AgentError) as error:
             raise StateError(f"{self.path}: {error}") from error
 
     def _open(self) -> Stored:
@@ -211,8 +212,9 @@ class State:
         self._changed = True
 
     def _database(self) -> sqlite3.Connection:
-        if self._connection is None:
-            raise sqlite3.ProgrammingError("the state is not open")
+        if self._connection is None:  # it could not be opened at the start; perhaps the disk is well again
+            self._open()
+        assert self._connection is not None
         return self._connection
 
 

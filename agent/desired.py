@@ -1,0 +1,221 @@
+"""The union of all scopes in memory, and which of its resources may be on this host: pure.
+
+Everything is checked here once more although the controller has done so: a peer with a wide prefix, the node's own
+address or an address of another peer would take over traffic, whoever asked for it. What is refused is reported, the
+rest is applied. Of two peers that exclude each other the one that was there first stays.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_interface, ip_network
+
+from shared.desired import Interface, Kind, Peer, decode
+from shared.keys import decode_key
+from shared.protocol import Resource
+
+IMPORTED = (
+    "imported"  # peers of an adopted wg-quick file: the controller does not know them, only an operator removes them
+)
+
+Name = tuple[str, str]  # kind, key
+
+
+@dataclass(slots=True)
+class Scope:
+    epoch: str
+    revision: int
+    interfaces: dict[str, Interface] = field(default_factory=dict)
+    peers: dict[bytes, Peer] = field(default_factory=dict)
+    invalid: dict[Name, str] = field(default_factory=dict)
+
+    def put(self, resource: Resource) -> Interface | Peer | None:
+        """Take the resource in; one that no host should apply is only noted."""
+        name = (resource.kind, resource.key)
+        self.discard(name)
+        try:
+            payload = decode(resource.kind, resource.key, resource.payload)
+        except ValueError as error:
+            self.invalid[name] = str(error)
+            return None
+        if isinstance(payload, Interface):
+            self.interfaces[payload.name] = payload
+        else:
+            self.peers[payload.public_key] = payload
+        return payload
+
+    def discard(self, name: Name) -> None:
+        kind, key = name
+        self.invalid.pop(name, None)
+        if kind == Kind.WIREGUARD_INTERFACE:
+            self.interfaces.pop(key, None)
+        elif kind == Kind.WIREGUARD_PEER:
+            self.peers.pop(_raw(key), None)
+
+
+def scope_of(epoch: str, revision: int, resources: Iterable[Resource]) -> Scope:
+    scope = Scope(epoch, revision)
+    for resource in resources:
+        scope.put(resource)
+    return scope
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What left the desired peers and what came, each with its scope; a changed peer is in both."""
+
+    withdrawn: dict[bytes, tuple[str, Peer]] = field(default_factory=dict)
+    admitted: dict[bytes, tuple[str, Peer]] = field(default_factory=dict)
+
+
+class Desired:
+    """`interface` and `peers` are what the host must have now."""
+
+    def __init__(self, scopes: Mapping[str, Scope], now: float) -> None:
+        self.scopes = dict(scopes)
+        self.peers: dict[bytes, Peer] = {}
+        self.interface: Interface | None = None
+        self._refused: dict[str, dict[Name, str]] = {name: {} for name in self.scopes}
+        self._claims: dict[str, bytes] = {}  # allowed IP -> the peer that has it
+        self._expired: dict[bytes, str] = {}
+        self._leases: list[tuple[int, bytes]] = []  # heap; an entry may be of an older version of the peer
+        self._choose_interface()
+        self._own = _own_addresses(self.interface)
+        for name, peer in self._all_peers():
+            self._admit(name, peer, now)
+
+    def with_scope(self, name: str, scope: Scope, now: float) -> Desired:
+        return Desired({**self.scopes, name: scope}, now)
+
+    def without(self, names: Iterable[str], now: float) -> Desired:
+        dropped = set(names)
+        return Desired({name: scope for name, scope in self.scopes.items() if name not in dropped}, now)
+
+    def scope_name(self, public_key: bytes) -> str | None:
+        """The scope that an admitted peer comes from."""
+        peer = self.peers.get(public_key)
+        return next((name for name, scope in self.scopes.items() if peer and scope.peers.get(public_key) is peer), None)
+
+    def refusals(self, name: str) -> dict[Name, str]:
+        """What this scope asks for and the host does not get, with the reason."""
+        return self.scopes[name].invalid | self._refused[name]
+
+    def change(self, name: str, upserts: Sequence[Resource], removals: Sequence[Name], now: float) -> Change:
+        """Change the peers of one scope; the cost is that of the change, not of the scope."""
+        change = Change()
+        scope = self.scopes[name]
+        for kind, key in [*removals, *((resource.kind, resource.key) for resource in upserts)]:
+            self._refused[name].pop((kind, key), None)
+            if kind == Kind.WIREGUARD_PEER:
+                self._withdraw(name, scope.peers.get(_raw(key)), change)
+        for removal in removals:
+            scope.discard(removal)
+        for resource in upserts:
+            payload = scope.put(resource)
+            if isinstance(payload, Peer):
+                self._admit(name, payload, now, change)
+        if change.withdrawn:
+            self._reconsider(now, change)
+        return change
+
+    def expire(self, now: float) -> Change:
+        """Withdraw the peers whose lease has ended."""
+        change = Change()
+        while self._leases and self._leases[0][0] <= now:
+            _, key = heapq.heappop(self._leases)
+            peer, name = self.peers.get(key), self.scope_name(key)
+            if peer is not None and name is not None and peer.not_after is not None and peer.not_after <= now:
+                self._withdraw(name, peer, change)
+                self._expired[key] = name
+        if change.withdrawn:
+            self._reconsider(now, change)
+        return change
+
+    def revive(self, now: float) -> Change:
+        """Admit again what had expired only because the clock was ahead."""
+        change = Change()
+        for key, name in list(self._expired.items()):
+            peer = self.scopes[name].peers[key]
+            if peer.not_after is None or peer.not_after > now:
+                del self._expired[key]
+                self._admit(name, peer, now, change)
+        return change
+
+    def next_expiry(self) -> int | None:
+        return self._leases[0][0] if self._leases else None
+
+    def _admit(self, name: str, peer: Peer, now: float, change: Change | None = None) -> None:
+        if peer.not_after is not None and peer.not_after <= now:
+            self._expired[peer.public_key] = name
+            return
+        reason = self._objection(peer)
+        if reason is not None:
+            self._refused[name][Kind.WIREGUARD_PEER, peer.key] = reason
+            return
+        self._refused[name].pop((Kind.WIREGUARD_PEER, peer.key), None)
+        self.peers[peer.public_key] = peer
+        for prefix in peer.allowed_ips:
+            self._claims[prefix] = peer.public_key
+        if peer.not_after is not None:
+            heapq.heappush(self._leases, (peer.not_after, peer.public_key))
+        if change is not None:
+            change.admitted[peer.public_key] = (name, peer)
+
+    def _objection(self, peer: Peer) -> str | None:
+        if peer.public_key in self.peers:
+            return f"the same public key is a peer of {self.scope_name(peer.public_key)}"
+        if len(set(peer.allowed_ips)) != len(peer.allowed_ips):
+            return "an allowed IP is listed twice"
+        for prefix in peer.allowed_ips:
+            if prefix in self._own:
+                return f"{prefix} is an address of the node itself"
+            if (holder := self._claims.get(prefix)) is not None:
+                return f"{prefix} belongs to peer {self.peers[holder].key}"
+        return None
+
+    def _withdraw(self, name: str, peer: Peer | None, change: Change) -> None:
+        if peer is None:
+            return
+        self._expired.pop(peer.public_key, None)
+        if self.peers.get(peer.public_key) is peer:
+            del self.peers[peer.public_key]
+            for prefix in peer.allowed_ips:
+                del self._claims[prefix]
+            change.withdrawn[peer.public_key] = (name, peer)
+
+    def _reconsider(self, now: float, change: Change) -> None:
+        """Something was given up: perhaps a peer that had to be refused can have it now."""
+        for name, refused in self._refused.items():
+            for kind, key in list(refused):
+                peer = self.scopes[name].peers.get(_raw(key)) if kind == Kind.WIREGUARD_PEER else None
+                if peer is not None:
+                    self._admit(name, peer, now, change)
+
+    def _choose_interface(self) -> None:
+        for name, scope in sorted(self.scopes.items(), key=lambda item: item[0] == IMPORTED):
+            for key, interface in sorted(scope.interfaces.items()):
+                if self.interface is None:
+                    self.interface = interface
+                elif name != IMPORTED:  # an imported one is what runs until the controller names its own
+                    words = f"the node runs {self.interface.name}, and one WireGuard interface is all it has"
+                    self._refused[name][Kind.WIREGUARD_INTERFACE, key] = words
+
+    def _all_peers(self) -> Iterator[tuple[str, Peer]]:
+        for name in sorted(self.scopes, key=lambda name: (name != IMPORTED, name)):
+            for peer in self.scopes[name].peers.values():
+                yield name, peer
+
+
+def _own_addresses(interface: Interface | None) -> frozenset[str]:
+    addresses = interface.addresses if interface is not None else ()
+    return frozenset(str(ip_network(ip_interface(address).ip)) for address in addresses)
+
+
+def _raw(key: str) -> bytes:
+    """The bytes of a peer's key; b"" (no peer has it) for text that is not one."""
+    try:
+        return decode_key(key)
+    except ValueError:
+        return b""

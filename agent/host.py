@@ -1,0 +1,81 @@
+"""The host as the reconciler uses it: carries out a plan through the drivers, and finds out what exactly failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agent.drivers.base import Device, DeviceMissing, DriverError, FirewallDriver, WireGuardDriver
+from agent.plan import Action, EnsureInterface, RemovePeer, SetPeer
+from shared.desired import Interface, Peer
+from shared.keys import PrivateKey
+from shared.protocol import PeerStats
+
+_MAX_SINGLE_FAILURES = 16  # after so many the fault is not in single peers
+
+
+class Host:
+    def __init__(self, wireguard: WireGuardDriver, firewall: FirewallDriver, key: PrivateKey) -> None:
+        self._wireguard = wireguard
+        self._firewall = firewall
+        self._key = key
+        self._guarded: tuple[Interface | None, str | None] = (None, None)  # what the loaded table was made for
+        self.public_key = key.public().raw
+
+    async def observe(self, name: str) -> Device | None:
+        return await self._wireguard.observe(name)
+
+    async def stats(self, name: str) -> list[PeerStats]:
+        return await self._wireguard.stats(name)
+
+    async def remove(self, name: str) -> None:
+        await self._wireguard.remove(name)
+
+    async def protect(self, interface: Interface) -> bool:
+        """Load the packet filter unless it is as it was loaded; True where somebody else had changed it."""
+        fingerprint = await self._firewall.observe()
+        made_for, loaded = self._guarded
+        if made_for == interface and fingerprint is not None and fingerprint == loaded:
+            return False
+        await self._firewall.apply([interface])
+        self._guarded = (interface, await self._firewall.observe())
+        return made_for == interface
+
+    async def carry_out(self, name: str, actions: Sequence[Action]) -> dict[bytes, str]:
+        """Return the peers that failed, each with the driver's words.
+
+        Raise DriverError where the interface itself cannot be had, DeviceMissing where it went away meanwhile.
+        """
+        for action in actions:
+            if isinstance(action, EnsureInterface):
+                await self._wireguard.ensure(action.spec, self._key)
+        failed: dict[bytes, str] = {}
+        removals = [action.public_key for action in actions if isinstance(action, RemovePeer)]
+        if removals:
+            try:
+                await self._wireguard.remove_peers(name, removals)
+            except DeviceMissing:
+                raise
+            except DriverError as error:
+                failed |= dict.fromkeys(removals, str(error))
+        await self._set(name, [action.peer for action in actions if isinstance(action, SetPeer)], failed)
+        return failed
+
+    async def close(self) -> None:
+        await self._wireguard.close()
+        await self._firewall.close()
+
+    async def _set(self, name: str, peers: Sequence[Peer], failed: dict[bytes, str]) -> None:
+        """Set all at once; where that fails, halve, so that one bad peer does not keep out the others."""
+        if not peers:
+            return
+        try:
+            await self._wireguard.apply_peers(name, peers)
+        except DeviceMissing:
+            raise
+        except DriverError as error:
+            if len(peers) == 1 or len(failed) >= _MAX_SINGLE_FAILURES:
+                failed |= {peer.public_key: str(error) for peer in peers}
+                return
+            middle = len(peers) // 2
+            await self._set(name, peers[:middle], failed)
+            await self._set(name, peers[middle:], failed)
