@@ -51,6 +51,27 @@ async def run(argv: Sequence[str], *, stdin: str | None = None, timeout: float =
     return stdout.decode(errors="replace")
 
 
+async def start(argv: Sequence[str], *, output: int) -> asyncio.subprocess.Process:
+    """Start a program that stays, with our environment; both its streams go to the descriptor `output`.
+
+    It is the caller's to end; should the caller be killed before, the kernel sends it SIGTERM (PR_SET_PDEATHSIG).
+    A terminal's Ctrl-C does not reach it, so that the caller decides the order in which its children end.
+    """
+    try:
+        return await asyncio.create_subprocess_exec(
+            "setpriv",
+            "--pdeathsig",
+            "TERM",
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise Unsupported("setpriv (Debian package util-linux) is not installed on this host") from error
+
+
 async def _end(process: asyncio.subprocess.Process) -> None:
     """Kill what still runs (the deadline passed, or the caller was cancelled) with all that it started."""
     if process.returncode is not None:

@@ -1,0 +1,82 @@
+"""The text of the agent's nftables table (nft(8)); pure.
+
+Clients are the addresses of the tunnel's own networks. The table drops what must not pass and accepts nothing on behalf
+of others: the policy is accept, and a rule of the host's own tables may still drop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_interface
+
+from shared.addresses import Network
+from shared.desired import Interface
+
+TABLE = "inet skynetvpn"
+
+
+def render(interfaces: Sequence[Interface]) -> str:
+    """One transaction that replaces our whole table; without interfaces it only takes the table away."""
+    # Deleting a table that is not there is an error, declaring one that is there is not.
+    replace = f"table {TABLE}\ndelete table {TABLE}\n"
+    if not interfaces:
+        return replace
+    for interface in interfaces:
+        interface.check()  # so that nothing in a name or an address can end a quoted string or a rule
+    ordered = sorted(interfaces, key=lambda interface: interface.name)
+    names = [interface.name for interface in ordered]
+    chains = (
+        _chain("prerouting", "filter hook prerouting priority raw", map(_spoofing, ordered)),
+        _chain("forward", "filter hook forward priority filter", (_forward(each, names) for each in ordered)),
+        _chain("postrouting", "nat hook postrouting priority srcnat", (_nat(each, names) for each in ordered)),
+    )
+    return f"{replace}table {TABLE} {{\n{''.join(chains)}}}\n"
+
+
+def _chain(name: str, hook: str, rules: Iterable[Iterable[str]]) -> str:
+    lines = "".join(f"\t\t{rule}\n" for group in rules for rule in group)
+    return f"\tchain {name} {{\n\t\ttype {hook}; policy accept;\n{lines}\t}}\n"
+
+
+def _spoofing(interface: Interface) -> Iterator[str]:
+    """A client's address comes out of the tunnel, and nothing else does."""
+    networks = _networks(interface)
+    for keyword, protocol in (("ip", "ipv4"), ("ip6", "ipv6")):
+        if keyword in networks:
+            yield f'iifname "{interface.name}" {keyword} saddr != {networks[keyword]} drop'
+            yield f'iifname != {{ "lo", "{interface.name}" }} {keyword} saddr {networks[keyword]} drop'
+        else:
+            yield f'iifname "{interface.name}" meta nfproto {protocol} drop'
+
+
+def _forward(interface: Interface, tunnels: Sequence[str]) -> Iterator[str]:
+    name = f'"{interface.name}"'
+    if interface.isolate:
+        yield f"iifname {name} oifname {_set(tunnels)} drop"
+        yield f"iifname {_set(tunnels)} oifname {name} drop"
+    # The tunnel's MTU is below that of most paths, and the ICMP messages that would say so are often filtered.
+    for direction in ("iifname", "oifname"):
+        yield f"{direction} {name} tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu"
+    if interface.masquerade:
+        # Behind NAT a client is reached by answers only; a neighbour could else address it by its inner address.
+        yield f"iifname != {_set(tunnels)} oifname {name} ct state != {{ established, related }} drop"
+
+
+def _nat(interface: Interface, tunnels: Sequence[str]) -> Iterator[str]:
+    if interface.masquerade:
+        for keyword, networks in _networks(interface).items():
+            yield f"{keyword} saddr {networks} oifname != {_set(['lo', *tunnels])} masquerade"
+
+
+def _networks(interface: Interface) -> dict[str, str]:
+    """The client prefixes as nft sets, by the keyword of their IP version; a version without any has no entry."""
+    networks = [ip_interface(address).network for address in interface.addresses]
+    by_keyword: dict[str, list[Network]] = {
+        "ip": [*collapse_addresses(network for network in networks if isinstance(network, IPv4Network))],
+        "ip6": [*collapse_addresses(network for network in networks if isinstance(network, IPv6Network))],
+    }
+    return {keyword: f"{{ {', '.join(map(str, found))} }}" for keyword, found in by_keyword.items() if found}
+
+
+def _set(names: Iterable[str]) -> str:
+    return "{ " + ", ".join(f'"{name}"' for name in names) + " }"
