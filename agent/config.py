@@ -10,16 +10,11 @@ from pathlib import Path
 
 import yaml
 
+from agent.drivers.wireguard import Backend as Backend
 from agent.errors import AgentError
 from shared import settings
 
 PREFIX = "SKYNETVPN_AGENT"
-
-
-class Backend(StrEnum):
-    AUTO = "auto"
-    KERNEL = "kernel"
-    USERSPACE = "userspace"
 
 
 class LogLevel(StrEnum):

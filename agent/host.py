@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from agent.drivers.base import Device, DeviceMissing, DriverError, FirewallDriver, WireGuardDriver
 from agent.plan import Action, EnsureInterface, RemovePeer, SetPeer
@@ -14,21 +14,34 @@ _MAX_SINGLE_FAILURES = 16  # after so many the fault is not in single peers
 
 
 class Host:
-    def __init__(self, wireguard: WireGuardDriver, firewall: FirewallDriver, key: PrivateKey) -> None:
-        self._wireguard = wireguard
+    def __init__(
+        self, open_wireguard: Callable[[], Awaitable[WireGuardDriver]], firewall: FirewallDriver, key: PrivateKey
+    ) -> None:
+        self._open_wireguard = open_wireguard
+        self._opened: WireGuardDriver | None = None
         self._firewall = firewall
         self._key = key
         self._guarded: tuple[Interface | None, str | None] = (None, None)  # what the loaded table was made for
         self.public_key = key.public().raw
 
+    async def wireguard(self) -> WireGuardDriver:
+        """The driver, opened at its first use and tried again while this host cannot do it; raise DriverError."""
+        if self._opened is None:
+            self._opened = await self._open_wireguard()
+        return self._opened
+
+    @property
+    def backend(self) -> str:
+        return self._opened.backend if self._opened is not None else ""
+
     async def observe(self, name: str) -> Device | None:
-        return await self._wireguard.observe(name)
+        return await (await self.wireguard()).observe(name)
 
     async def stats(self, name: str) -> list[PeerStats]:
-        return await self._wireguard.stats(name)
+        return await (await self.wireguard()).stats(name)
 
     async def remove(self, name: str) -> None:
-        await self._wireguard.remove(name)
+        await (await self.wireguard()).remove(name)
 
     async def protect(self, interface: Interface) -> bool:
         """Load the packet filter unless it is as it was loaded; True where somebody else had changed it."""
@@ -47,12 +60,12 @@ class Host:
         """
         for action in actions:
             if isinstance(action, EnsureInterface):
-                await self._wireguard.ensure(action.spec, self._key)
+                await (await self.wireguard()).ensure(action.spec, self._key)
         failed: dict[bytes, str] = {}
         removals = [action.public_key for action in actions if isinstance(action, RemovePeer)]
         if removals:
             try:
-                await self._wireguard.remove_peers(name, removals)
+                await (await self.wireguard()).remove_peers(name, removals)
             except DeviceMissing:
                 raise
             except DriverError as error:
@@ -61,7 +74,8 @@ class Host:
         return failed
 
     async def close(self) -> None:
-        await self._wireguard.close()
+        if self._opened is not None:
+            await self._opened.close()
         await self._firewall.close()
 
     async def _set(self, name: str, peers: Sequence[Peer], failed: dict[bytes, str]) -> None:
@@ -69,7 +83,7 @@ class Host:
         if not peers:
             return
         try:
-            await self._wireguard.apply_peers(name, peers)
+            await (await self.wireguard()).apply_peers(name, peers)
         except DeviceMissing:
             raise
         except DriverError as error:

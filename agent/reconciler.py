@@ -65,7 +65,6 @@ class Reconciler:
         send: Callable[[Frame], None],
         counters: Counters,
         boot_id: str,
-        backend: str,
         guard: Guard,
         recheck_seconds: float,
         clock: Callable[[], float] = time.time,
@@ -73,7 +72,7 @@ class Reconciler:
         self.inbox: asyncio.Queue[Welcome | Delta | Snapshot] = asyncio.Queue(64)
         self.generation = ""
         self._state, self._host, self._send, self._counters = state, host, send, counters
-        self._boot_id, self._backend, self._guard = boot_id, backend, guard
+        self._boot_id, self._guard = boot_id, guard
         self._recheck_seconds, self._clock = recheck_seconds, clock
         self._desired = Desired({}, clock())
         self._epoch = ""
@@ -113,7 +112,7 @@ class Reconciler:
             epoch=self._epoch,
             revisions=revisions,
             wireguard_public_key=self._host.public_key,
-            backend=self._backend,
+            backend=self._host.backend,
         )
 
     def alive(self) -> bool:

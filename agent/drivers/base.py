@@ -43,6 +43,11 @@ class WireGuardDriver(Protocol):
     are given, removals first where both are wanted by the caller; a live peer's endpoint and counters survive.
     """
 
+    @property
+    def backend(self) -> str:
+        """kernel | userspace, as Hello tells the controller."""
+        ...
+
     async def observe(self, name: str) -> Device | None:
         """Read the interface and all its peers, or None where there is none."""
         ...

@@ -1,0 +1,134 @@
+"""The composition root of the running agent: builds the parts, and owns their tasks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+
+import structlog
+
+from agent.config import Config
+from agent.counters import Counters
+from agent.drivers.base import FirewallDriver, WireGuardDriver
+from agent.drivers.nftables import Nftables
+from agent.drivers.wireguard import choose
+from agent.host import Host
+from agent.identity import Identity
+from agent.link import Link, Outbox
+from agent.load import PROC, LoadReader
+from agent.metrics import MetricsServer, all_lines
+from agent.notify import Notifier
+from agent.reconciler import Guard, Reconciler
+from agent.renewal import Renewal
+from agent.reporter import Reporter
+from agent.state import State
+from shared.protocol import Certificate, Delta, FromController, Received, Snapshot, Welcome
+
+log = structlog.get_logger()
+
+
+class Agent:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        open_wireguard: Callable[[], Awaitable[WireGuardDriver]] | None = None,
+        firewall: FirewallDriver | None = None,
+        boot_id: str | None = None,
+    ) -> None:
+        self.counters = Counters()
+        self.outbox = Outbox()
+        self._config = config
+        boot_id = boot_id or (PROC / "sys/kernel/random/boot_id").read_text().strip()
+        self.identity = Identity(config.directory)
+        self.identity.recover()
+        key = self.identity.wireguard_key()
+        self.counters.certificate_not_after = self.identity.validity().not_after
+        self._state = State(config.directory)
+        host = Host(open_wireguard or (lambda: choose(config.backend)), firewall or Nftables(), key)
+        self.reconciler = Reconciler(
+            state=self._state,
+            host=host,
+            send=self.outbox.send,
+            counters=self.counters,
+            boot_id=boot_id,
+            guard=Guard(config.guard_share, config.guard_minimum),
+            recheck_seconds=config.recheck_seconds,
+        )
+        self.reporter = Reporter(
+            reconciler=self.reconciler,
+            state=self._state,
+            outbox=self.outbox,
+            counters=self.counters,
+            load=LoadReader(capacity_mbit=config.capacity_mbit, max_peers=config.max_peers),
+            boot_id=boot_id,
+            poll_seconds=config.poll_seconds,
+        )
+        self.link = Link(
+            address=config.controller,
+            identity=self.identity,
+            outbox=self.outbox,
+            hello=self.reconciler.hello,
+            deliver=self._deliver,
+            disconnected=self.reporter.disconnected,
+            counters=self.counters,
+        )
+        self.renewal = Renewal(self.identity, self.outbox, self.link.reconnect)
+        self.metrics = MetricsServer(config.metrics, self._lines(), self.reconciler.alive) if config.metrics else None
+
+    async def run(self, stop: asyncio.Event, notifier: Notifier) -> None:
+        """Serve until `stop` is set; what runs on the host stays."""
+        if self.metrics is not None:
+            await self.metrics.start()
+        try:
+            await self.reconciler.start()
+            notifier.ready()
+            async with asyncio.TaskGroup() as tasks:
+                owned = [
+                    tasks.create_task(work)
+                    for work in (
+                        self.reconciler.run(),
+                        self.link.run(),
+                        self.reporter.run(),
+                        self.renewal.run(),
+                        notifier.feed(self.reconciler.alive),
+                        self._tell_status(notifier),
+                    )
+                ]
+                await stop.wait()
+                notifier.stopping()
+                for task in owned:
+                    task.cancel()
+        finally:
+            if self.metrics is not None:
+                await self.metrics.close()
+            await self.reconciler.close()
+            log.info("stopped", tunnels="stay up")
+
+    async def _deliver(self, frame: FromController) -> None:
+        match frame:
+            case Welcome() | Delta() | Snapshot():
+                await self.reconciler.inbox.put(frame)
+            case Received():
+                self.reporter.received(frame.sequence)
+            case Certificate():
+                self.renewal.take(frame)
+
+    async def _tell_status(self, notifier: Notifier) -> None:
+        while True:
+            link = "connected" if self.counters.connected else "no link to the controller, serving from disk"
+            notifier.status(f"{self.counters.peers} peers, {self.counters.sessions} sessions; {link}")
+            await asyncio.sleep(5)
+
+    def _lines(self) -> Callable[[], Iterator[str]]:
+        return all_lines(
+            self.counters,
+            lambda: self.reconciler.interface,
+            lambda: self.reporter.latest,
+            lambda: self.reconciler.peers,
+        )
+
+
+async def serve(config: Config, stop: asyncio.Event) -> None:
+    agent = await asyncio.to_thread(Agent, config)
+    await agent.run(stop, Notifier())
