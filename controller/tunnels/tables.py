@@ -1,4 +1,4 @@
-"""Connections and the addresses that they hold."""
+"""Connections, the addresses that they hold, and how far each node's reports are counted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ class ConnectionRow(Table):
             sqlite_where=sa.text("ended_at IS NULL"),
             postgresql_where=sa.text("ended_at IS NULL"),
         ),
+        sa.Index("ix_connections_key", "node_id", "public_key", "created_at"),
         sa.Index("ix_connections_user_live", "user_id", "ended_at"),
+        sa.Index("ix_connections_ended", "ended_at"),
     )
 
     id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
@@ -42,9 +44,10 @@ class ConnectionRow(Table):
     generation: Mapped[str | None]  # of the node's interface, for the counters below
     last_rx: Mapped[int]  # counters as last reported in that generation
     last_tx: Mapped[int]
+    last_handshake: Mapped[int]  # Unix seconds as last reported; 0 = never
     rx: Mapped[int]  # bytes in all
     tx: Mapped[int]
-    handshake_at: Mapped[datetime | None]
+    handshake_at: Mapped[datetime | None]  # of this connection, not of an earlier one with the same key
 
 
 class AllocationRow(Table):
@@ -60,3 +63,15 @@ class AllocationRow(Table):
     slot: Mapped[int] = mapped_column(primary_key=True)
     connection_id: Mapped[str | None] = mapped_column(sa.ForeignKey("connections.id"), unique=True)
     released_at: Mapped[datetime | None]
+
+
+class ReportMarkRow(Table):
+    """The newest report of a node that is counted, committed together with the counts: a replay changes nothing."""
+
+    __tablename__ = "report_marks"
+
+    # No foreign key: a node may be deleted while its last report is on the way.
+    node_id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
+    boot_id: Mapped[str]
+    sequence: Mapped[int]
+    former_boot_ids: Mapped[str] = mapped_column(sa.Text)  # spaced, the newest last

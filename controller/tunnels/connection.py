@@ -1,0 +1,27 @@
+"""A connection as the other rooms and the contracts see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from controller.tunnels.status import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    id: str
+    user_id: str
+    server_id: str
+    protocol: str
+    device_id: str | None
+    public_key: str
+    addresses: tuple[str, ...]  # none once it has ended
+    status: Status
+    created_at: datetime
+    ended_at: datetime | None
+    end_reason: str | None
+    handshake_at: datetime | None
+    rx: int  # bytes from the client
+    tx: int  # bytes to the client
+    applied: bool | None = None  # whether the node had acknowledged it in time; None = nobody waited

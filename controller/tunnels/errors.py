@@ -1,0 +1,43 @@
+"""What the tunnels room refuses."""
+
+from __future__ import annotations
+
+from controller.errors import DomainError, ErrorKind
+
+
+class ConnectionNotFound(DomainError):
+    """Unknown, ended or somebody else's: the caller is not told which."""
+
+    kind = ErrorKind.NOT_FOUND
+    code = "connection_not_found"
+    message = "there is no such connection"
+
+
+class ServerUnavailable(DomainError):
+    kind = ErrorKind.INVALID
+    code = "server_unavailable"
+    message = "the server is {status}; choose another one"
+
+
+class ProtocolNotOffered(DomainError):
+    kind = ErrorKind.INVALID
+    code = "protocol_not_offered"
+    message = "the server does not offer this protocol; it offers {offered}"
+
+
+class ConnectionLimitReached(DomainError):
+    kind = ErrorKind.FORBIDDEN
+    code = "connection_limit_reached"
+    message = "the plan allows {limit} connections at a time; end one of them or change the plan"
+
+
+class PublicKeyInUse(DomainError):
+    kind = ErrorKind.CONFLICT
+    code = "public_key_in_use"
+    message = "this public key is in use on the server; make a new key pair"
+
+
+class AddressesExhausted(DomainError):
+    kind = ErrorKind.UNAVAILABLE
+    code = "addresses_exhausted"
+    message = "the server has no free address; choose another one or try again later"
