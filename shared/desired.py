@@ -21,7 +21,7 @@ DIGEST_BYTES = 16
 EMPTY_DIGEST = bytes(DIGEST_BYTES)
 MAX_ALLOWED_IPS = 16
 _MODULUS = 1 << (8 * DIGEST_BYTES)
-_INTERFACE_NAME = re.compile(r"[A-Za-z0-9_-]{1,15}")
+INTERFACE_NAME = re.compile(r"[A-Za-z0-9_-]{1,15}")
 
 
 class Kind(StrEnum):
@@ -49,7 +49,7 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raise InvalidResource (or InvalidAddress) where the kernel would refuse it or do something else."""
-        if not _INTERFACE_NAME.fullmatch(self.name):
+        if not INTERFACE_NAME.fullmatch(self.name):
             raise InvalidResource(f"interface name {self.name!r} is not 1 to 15 of A-Z a-z 0-9 _ -")
         if not 1 <= self.listen_port <= 65535:
             raise InvalidResource(f"listen port {self.listen_port} is not between 1 and 65535")

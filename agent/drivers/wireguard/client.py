@@ -24,9 +24,14 @@ async def connect(
     addresses: Sequence[str],
     mtu: int,
     server: ServerPeer,
+    *,
+    routes: bool = True,
 ) -> None:
-    """Bring the tunnel up and route the server's allowed IPs through it; a failure leaves nothing behind."""
+    """Bring the tunnel up and (`routes`) send the server's allowed IPs through it; a failure leaves nothing behind."""
     rtnl = Rtnl()
+    if await rtnl.link(name) is not None:
+        rtnl.close()
+        raise DriverError(f"{name} is there already: disconnect it first")
     try:
         spec = Interface(name=name, listen_port=ANY_PORT, addresses=tuple(addresses), mtu=mtu)
         await driver.ensure(spec, private_key)
@@ -34,9 +39,10 @@ async def connect(
         link = await rtnl.link(name)
         if link is None:
             raise DriverError(f"{name} disappeared as soon as it was created")
-        await _pin_endpoint(rtnl, server.endpoint[0], link)
-        for network in _routed(server.allowed_ips, addresses):
-            await rtnl.add_route(network, link.index)
+        if routes:
+            await _pin_endpoint(rtnl, server.endpoint[0], link)
+            for network in _routed(server.allowed_ips, addresses):
+                await rtnl.add_route(network, link.index)
     except BaseException:
         await _remove(driver, rtnl, name, [server.endpoint[0]])
         raise

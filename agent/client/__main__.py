@@ -1,0 +1,35 @@
+"""Entry point of `skynetvpn`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+
+from agent.client.cli import parser
+from agent.client.errors import Failure
+from agent.client.profile import Profile
+from agent.drivers.base import DriverError
+from agent.errors import AgentError
+
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        status: int = asyncio.run(arguments.run(arguments, Profile.of_user()))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would complain again
+        return 1
+    except (AgentError, DriverError, OSError) as error:
+        print(f"skynetvpn: {error}", file=sys.stderr)
+        return error.exit_status if isinstance(error, Failure) else 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""connect and disconnect: a connection on the controller and its tunnel on this machine, both or neither."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from agent.client import namespace, selection, tunnel
+from agent.client.account import open_api
+from agent.client.api import Api, Connection, Server
+from agent.client.errors import Failure, Misuse, NotLoggedIn, Refused, Unreachable
+from agent.client.output import Progress, fields, json_text
+from agent.client.profile import LocalTunnel, Profile, load_or_make_key
+from agent.drivers.base import DriverError
+from shared.desired import INTERFACE_NAME
+
+_DETAILS_AT_ONCE = 8
+_POLL_SECONDS = 0.1
+_CONNECTED = "connected"
+
+
+class Summary(msgspec.Struct, frozen=True):
+    connection_id: str
+    server_id: str
+    server: str
+    status: str
+    interface: str
+    netns: str | None
+    backend: str
+    addresses: tuple[str, ...]
+    endpoint: str
+    dns: tuple[str, ...]
+    latency_ms: float | None  # round trip to the server by ICMP; null where it does not answer
+
+
+async def connect(arguments: argparse.Namespace, profile: Profile) -> int:
+    session = profile.require_session()
+    tunnel.require_privilege()
+    if arguments.netns is not None and not namespace.exists(arguments.netns):
+        raise Misuse(f"there is no network namespace {arguments.netns!r}: ip netns add {arguments.netns}")
+    progress = Progress()
+    try:
+        async with open_api(session) as api:
+            progress.show(f"asking {session.url} for the servers")
+            server = await _choose(api, arguments.server or arguments.server_option)
+            await _clear_leftovers(api, profile, server)
+            summary = await _connect(arguments, profile, api, server, progress)
+    finally:
+        progress.done()
+    if summary.status != _CONNECTED:
+        print(
+            f"skynetvpn: the tunnel is up, but not {_CONNECTED} on the controller yet: skynetvpn status follows it",
+            file=sys.stderr,
+        )
+    print(json_text(summary) if arguments.output == "json" else _text(summary))
+    return 0
+
+
+async def disconnect(arguments: argparse.Namespace, profile: Profile) -> int:
+    """Takes the tunnel down first, also when the controller cannot be told: that is what the person sees."""
+    found = selection.tunnels_by_name(profile.tunnels(), arguments.id)
+    if not found and arguments.id is None:
+        print("no tunnel of this machine is up; skynetvpn status lists all connections", file=sys.stderr)
+    ended = [item.connection_id for item in found] or ([arguments.id] if arguments.id else [])
+    for item in found:
+        tunnel.require_privilege()
+        await tunnel.down(item)
+    try:
+        await _end(profile, ended, own=bool(found))
+    except (NotLoggedIn, Unreachable) as error:
+        if not found:
+            raise
+        words = f"the tunnel is down here, but its connection still counts: {error}; then skynetvpn disconnect again"
+        raise (NotLoggedIn(words) if isinstance(error, NotLoggedIn) else Unreachable(words)) from error
+    if arguments.output == "json":
+        print(json_text({"disconnected": ended}))
+    else:
+        for id in ended:
+            print(f"disconnected {next((item.server for item in found if item.connection_id == id), id)}")
+    return 0
+
+
+async def _end(profile: Profile, ids: list[str], *, own: bool) -> None:
+    if not ids:
+        return
+    async with open_api(profile.require_session()) as api:
+        for id in ids:
+            try:
+                await api.disconnect(id)
+            except Refused as error:
+                if not (own and error.status == 404):  # our own one, which the controller has ended before us
+                    raise
+            profile.forget_tunnel(id)
+
+
+async def _choose(api: Api, wanted: str | None) -> Server:
+    servers = await api.servers()
+    if wanted is not None:
+        return selection.server_by_name(servers, wanted)
+    limit = asyncio.Semaphore(_DETAILS_AT_ONCE)
+
+    async def details(server: Server) -> Server:
+        async with limit:
+            return await api.server(server.id)
+
+    online = [server for server in servers if server.status == selection.ONLINE]
+    best = selection.least_loaded(await asyncio.gather(*map(details, online)))
+    if best is None:
+        raise Failure("no server is online for this account: try again later, skynetvpn servers shows their state")
+    return best
+
+
+async def _clear_leftovers(api: Api, profile: Profile, server: Server) -> None:
+    """Refuse a second tunnel to the same server; end what a crash or a reboot left of an earlier one."""
+    for item in profile.tunnels():
+        if item.server_id != server.id:
+            continue
+        if await tunnel.counters(item) is not None:
+            raise Failure(
+                f"connected to {server.name} already by {item.interface}: "
+                f"skynetvpn disconnect {item.interface} ends it, skynetvpn status shows it"
+            )
+        await _abandon(api, profile, item)
+
+
+async def _connect(
+    arguments: argparse.Namespace, profile: Profile, api: Api, server: Server, progress: Progress
+) -> Summary:
+    key_file: Path = (arguments.key_file or profile.key_file(server.id)).absolute()
+    key = load_or_make_key(key_file)
+    interface = await _interface(arguments, profile)
+    progress.show(f"opening a connection to {server.name}")
+    started = time.monotonic()
+    connection = await api.connect(server.id, arguments.protocol, str(key.public()))
+    local = LocalTunnel(
+        connection_id=connection.connection_id,
+        server_id=server.id,
+        server=server.name,
+        interface=interface,
+        backend=arguments.backend,
+        key_file=str(key_file),
+        netns=arguments.netns,
+    )
+    try:
+        profile.save_tunnel(local)
+        config = await api.tunnel_config(connection.connection_id)
+        progress.show(f"bringing up {interface}")
+        local = await tunnel.up(local, config, key, routes=not arguments.no_routes, save=profile.save_tunnel)
+        connection = await _wait(api, local, connection, progress, started + arguments.timeout)
+        latency = await tunnel.latency(local)
+    except BaseException:
+        progress.show(f"taking {interface} down again")
+        await _abandon(api, profile, local)
+        raise
+    return Summary(
+        connection_id=local.connection_id,
+        server_id=server.id,
+        server=server.name,
+        status=connection.status,
+        interface=interface,
+        netns=local.netns,
+        backend=local.backend,
+        addresses=config.addresses,
+        endpoint=config.endpoint,
+        dns=config.dns,
+        latency_ms=latency,
+    )
+
+
+async def _interface(arguments: argparse.Namespace, profile: Profile) -> str:
+    if arguments.interface is None:
+        taken = [item.interface for item in profile.tunnels()]
+        return await tunnel.free_interface(arguments.netns, taken)
+    interface: str = arguments.interface
+    if not INTERFACE_NAME.fullmatch(interface):
+        raise Misuse(f"{interface!r} is no interface name: 1 to 15 of A-Z a-z 0-9 _ -")
+    await tunnel.check_free(interface, arguments.netns)
+    return interface
+
+
+async def _wait(
+    api: Api, local: LocalTunnel, connection: Connection, progress: Progress, deadline: float
+) -> Connection:
+    """Until the handshake is done here and reported there; without the report in time the tunnel still counts."""
+    handshake = False
+    while True:
+        counters = await tunnel.counters(local)
+        handshake = handshake or (counters is not None and counters.latest_handshake > 0)
+        if handshake:
+            progress.show(f"{local.server} answers; waiting for its report to the controller")
+            try:
+                connection = await api.connection(local.connection_id)
+            except Unreachable:
+                progress.show(f"{local.server} answers; the controller does not, through the tunnel")
+            if connection.status == _CONNECTED:
+                return connection
+        else:
+            progress.show(f"waiting for the handshake with {local.endpoint}")
+        if time.monotonic() > deadline:
+            if handshake:
+                return connection
+            raise Failure(
+                f"{local.server} did not answer at {local.endpoint} in time: does a firewall on the way block UDP? "
+                "The tunnel was taken down again"
+            )
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def _abandon(api: Api, profile: Profile, local: LocalTunnel) -> None:
+    """Undo both halves as far as possible; what could not be told to the controller stays noted for `disconnect`."""
+    try:
+        await tunnel.down(local)
+    except DriverError as error:
+        print(f"skynetvpn: {local.interface} could not be taken down: {error}", file=sys.stderr)
+        return
+    try:
+        await api.disconnect(local.connection_id)
+    except Refused as error:
+        if error.status != 404:
+            return
+    except (Unreachable, NotLoggedIn):
+        return
+    profile.forget_tunnel(local.connection_id)
+
+
+def _text(summary: Summary) -> str:
+    place = f"{summary.interface} in namespace {summary.netns}" if summary.netns else summary.interface
+    pairs = [
+        ("server", f"{summary.server} ({summary.endpoint})"),
+        ("status", summary.status),
+        ("addresses", ", ".join(summary.addresses)),
+        ("interface", f"{place}, {summary.backend} WireGuard"),
+        ("latency", "no answer to ping" if summary.latency_ms is None else f"{summary.latency_ms:.1f} ms"),
+        ("connection", summary.connection_id),
+    ]
+    return fields(pairs)

@@ -1,0 +1,199 @@
+"""servers, status and config: what there is."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from agent import files
+from agent.client import tunnel
+from agent.client.account import open_api
+from agent.client.api import Api, Connection, Server
+from agent.client.errors import Failure, Misuse
+from agent.client.output import age, json_text, size, table
+from agent.client.profile import LocalTunnel, Profile, load_or_make_key
+
+_WATCH_SECONDS = 2.0
+_CLEAR = "\x1b[H\x1b[J"
+_BINARY = "png"
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of `status`: what the controller says, and what this machine knows when the tunnel is its own."""
+
+    connection_id: str
+    server_id: str
+    server: str
+    protocol: str
+    status: str
+    created_at: str | None
+    addresses: tuple[str, ...]
+    rx: int | None  # as the server counts: received from the client
+    tx: int | None
+    latest_handshake: str | None
+    interface: str | None
+    netns: str | None
+    local: tunnel.Counters | None
+
+
+async def servers(arguments: argparse.Namespace, profile: Profile) -> int:
+    async with open_api(profile.require_session()) as api:
+        found = await api.servers()
+    if arguments.output == "json":
+        print(json_text([{name: getattr(server, name) for name in _SERVER_FIELDS} for server in found]))
+    elif found:
+        rows = [[server.name, server.country, server.ip, server.status, server.id] for server in found]
+        print(table(["NAME", "COUNTRY", "ADDRESS", "STATUS", "ID"], rows))
+    else:
+        print("there is no server for this account yet", file=sys.stderr)
+    return 0
+
+
+_SERVER_FIELDS = ("id", "name", "country", "ip", "status")
+
+
+async def status(arguments: argparse.Namespace, profile: Profile) -> int:
+    if not arguments.watch:
+        await _print_status(arguments, profile, clear=False)
+        return 0
+    while True:
+        await _print_status(arguments, profile, clear=sys.stdout.isatty() and arguments.output == "text")
+        await asyncio.sleep(_WATCH_SECONDS)
+
+
+async def config(arguments: argparse.Namespace, profile: Profile) -> int:
+    format = arguments.format or ("json" if arguments.output == "json" else "conf")
+    if arguments.with_key and format != "conf":
+        raise Misuse("--with-key goes with --format conf")
+    if format == _BINARY and arguments.file is None and sys.stdout.isatty():
+        raise Misuse("png is no text: name a file with --file")
+    async with open_api(profile.require_session()) as api:
+        id = arguments.id or await _only_connection(api, profile)
+        data = await api.config(id, format)
+    if arguments.with_key:
+        data = _with_key(data.decode(), id, profile).encode()
+    if arguments.file is not None:
+        files.write_private(arguments.file, data)
+    else:
+        sys.stdout.buffer.write(data if format == _BINARY else data.rstrip(b"\n") + b"\n")
+        sys.stdout.buffer.flush()
+    return 0
+
+
+async def _print_status(arguments: argparse.Namespace, profile: Profile, *, clear: bool) -> None:
+    async with open_api(profile.require_session()) as api:
+        connections, known = await asyncio.gather(api.connections(), api.servers())
+    local = {item.connection_id: item for item in profile.tunnels()}
+    counters = {id: await tunnel.counters(item) for id, item in local.items()}
+    rows = status_rows(connections, {server.id: server for server in known}, local, counters)
+    if arguments.output == "json":
+        print(json_text(rows), flush=True)
+        return
+    text = _status_table(rows, datetime.now(UTC)) if rows else "no live connection: skynetvpn connect makes one"
+    print(_CLEAR + text if clear else text, flush=True)
+
+
+def status_rows(
+    connections: Sequence[Connection],
+    servers: Mapping[str, Server],
+    local: Mapping[str, LocalTunnel],
+    counters: Mapping[str, tunnel.Counters | None],
+) -> list[Row]:
+    """Join what the controller lists with this machine's tunnels; one that the controller ended is `disconnected`."""
+    rows = []
+    for connection in connections:
+        item = local.get(connection.connection_id)
+        server = servers.get(connection.server_id)
+        rows.append(
+            Row(
+                connection_id=connection.connection_id,
+                server_id=connection.server_id,
+                server=server.name if server else connection.server_id,
+                protocol=connection.protocol,
+                status=connection.status,
+                created_at=connection.created_at,
+                addresses=connection.addresses,
+                rx=connection.rx,
+                tx=connection.tx,
+                latest_handshake=connection.latest_handshake,
+                interface=item.interface if item else None,
+                netns=item.netns if item else None,
+                local=counters.get(connection.connection_id),
+            )
+        )
+    listed = {connection.connection_id for connection in connections}
+    for id, item in local.items():
+        if id not in listed:
+            rows.append(
+                Row(
+                    connection_id=id,
+                    server_id=item.server_id,
+                    server=item.server,
+                    protocol="wireguard",
+                    status="disconnected",
+                    created_at=None,
+                    addresses=item.addresses,
+                    rx=None,
+                    tx=None,
+                    latest_handshake=None,
+                    interface=item.interface,
+                    netns=item.netns,
+                    local=counters.get(id),
+                )
+            )
+    return rows
+
+
+def _status_table(rows: Sequence[Row], now: datetime) -> str:
+    return table(
+        ["SERVER", "STATUS", "ADDRESSES", "SENT", "RECEIVED", "HANDSHAKE", "INTERFACE", "CONNECTION"],
+        [
+            [
+                row.server,
+                row.status,
+                ", ".join(row.addresses) or "-",
+                "-" if row.rx is None else size(row.rx),
+                "-" if row.tx is None else size(row.tx),
+                age(row.latest_handshake, now),
+                _place(row),
+                row.connection_id,
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _place(row: Row) -> str:
+    if row.interface is None:
+        return "-"
+    place = f"{row.interface}@{row.netns}" if row.netns else row.interface
+    return place if row.local is not None else f"{place} (gone)"
+
+
+async def _only_connection(api: Api, profile: Profile) -> str:
+    ids = [item.connection_id for item in profile.tunnels()]
+    ids = ids or [connection.connection_id for connection in await api.connections()]
+    if len(ids) == 1:
+        return ids[0]
+    raise Misuse("name the connection's ID: skynetvpn status lists them") if ids else Failure("there is no connection")
+
+
+def _with_key(conf: str, connection_id: str, profile: Profile) -> str:
+    """Put the private key of this machine's tunnel where the server's text has only a comment."""
+    item = next((item for item in profile.tunnels() if item.connection_id == connection_id), None)
+    if item is None:
+        raise Failure(f"{connection_id} is no tunnel of this machine, so its private key is not here")
+    key = load_or_make_key(Path(item.key_file))
+    lines = []
+    for line in conf.splitlines():
+        if "PrivateKey" not in line:
+            lines.append(line)
+        if line.strip() == "[Interface]":
+            lines.append(f"PrivateKey = {key.reveal()}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,201 @@
+"""A tunnel on this machine, in its network namespace: up, down, its counters."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from agent.client import namespace, resolver
+from agent.client.api import TunnelConfig
+from agent.client.errors import Failure, Misuse
+from agent.client.profile import LocalTunnel
+from agent.config import split_address
+from agent.drivers import commands
+from agent.drivers.base import DeviceMissing, DriverError
+from agent.drivers.netlink.rtnl import Rtnl
+from agent.drivers.wireguard import Backend, choose, client
+from agent.drivers.wireguard.kernel import KernelWireGuard
+from agent.drivers.wireguard.server import ServerPeer
+from agent.drivers.wireguard.userspace import SOCKETS, UserspaceWireGuard
+from shared.addresses import Address
+from shared.desired import Interface
+from shared.keys import PresharedKey, PrivateKey, PublicKey
+
+_PREFIX = "skyvpn"
+_CAP_NET_ADMIN = 12  # capabilities(7)
+_AVERAGE = re.compile(r"= [\d.]+/([\d.]+)/")  # ping's last line: min/avg/max/mdev
+
+T = TypeVar("T")
+Driver = KernelWireGuard | UserspaceWireGuard
+
+
+class Counters(msgspec.Struct, frozen=True):
+    """The tunnel as this end counts it."""
+
+    rx: int
+    tx: int
+    latest_handshake: int  # Unix seconds, 0 = none yet
+
+
+def require_privilege() -> None:
+    status = Path("/proc/self/status").read_text()
+    effective = int(re.findall(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)[0], 16)
+    if not effective & (1 << _CAP_NET_ADMIN):
+        raise Failure("a tunnel needs root: run it with sudo, and all other skynetvpn commands as well")
+
+
+async def free_interface(netns: str | None, taken: Sequence[str]) -> str:
+    """The first name that neither this namespace nor, for programs' sockets, another one uses."""
+
+    async def find() -> str:
+        rtnl = Rtnl()
+        try:
+            for number in itertools.count():
+                name = f"{_PREFIX}{number}"
+                used = name in taken or (SOCKETS / f"{name}.sock").exists()
+                if not used and await rtnl.link(name) is None:
+                    return name
+        finally:
+            rtnl.close()
+        raise AssertionError
+
+    return await namespace.within(netns, find)
+
+
+async def check_free(interface: str, netns: str | None) -> None:
+    """Raise Misuse where something has that name: it would be taken for ours, and deleted in the end."""
+
+    async def look() -> bool:
+        rtnl = Rtnl()
+        try:
+            return await rtnl.link(interface) is None
+        finally:
+            rtnl.close()
+
+    if not await namespace.within(netns, look):
+        raise Misuse(f"an interface {interface} is there already: name another one with --interface")
+
+
+async def up(
+    local: LocalTunnel,
+    config: TunnelConfig,
+    key: PrivateKey,
+    *,
+    routes: bool,
+    save: Callable[[LocalTunnel], None],
+) -> LocalTunnel:
+    """Make the interface; each decision is saved before it is acted on. Returns the tunnel with all of them."""
+    server = await _server(config, local.interface)
+    local = msgspec.structs.replace(local, addresses=config.addresses, endpoint=_join(server.endpoint))
+
+    async def bring_up() -> str:
+        driver = await choose(Backend(local.backend))
+        try:
+            save(msgspec.structs.replace(local, backend=driver.backend))
+            await client.connect(driver, local.interface, key, config.addresses, config.mtu, server, routes=routes)
+        finally:
+            await driver.close()
+        return driver.backend
+
+    local = msgspec.structs.replace(local, backend=await namespace.within(local.netns, bring_up))
+    if routes and config.dns:
+        used = await resolver.use(config.dns, local.interface, local.netns)
+        local = msgspec.structs.replace(local, resolver=used)
+    save(local)
+    return local
+
+
+async def down(local: LocalTunnel) -> None:
+    """Take interface, routes and name servers away; what is gone already is no error."""
+    await resolver.restore(local.resolver, local.interface, local.netns)
+    if local.netns is not None and not namespace.exists(local.netns):
+        return
+
+    async def take_down(driver: Driver) -> None:
+        if local.endpoint:
+            await client.disconnect(driver, local.interface, _endpoint(local)[0])
+
+    await _with_driver(local, take_down)
+
+
+async def counters(local: LocalTunnel) -> Counters | None:
+    """What the interface has counted, or None where it is not there any more."""
+    if not local.endpoint or (local.netns is not None and not namespace.exists(local.netns)):
+        return None
+
+    async def read(driver: Driver) -> Counters | None:
+        try:
+            stats = await driver.stats(local.interface)
+        except DeviceMissing:
+            return None
+        return Counters(stats[0].rx, stats[0].tx, stats[0].handshake) if stats else None
+
+    return await _with_driver(local, read)
+
+
+async def latency(local: LocalTunnel) -> float | None:
+    """The round trip to the server in milliseconds, or None where it answers no ping."""
+    address = str(_endpoint(local)[0])
+
+    async def ping() -> str:
+        return await commands.run(["ping", "-n", "-q", "-c", "2", "-i", "0.2", "-W", "1", address])
+
+    try:
+        found = _AVERAGE.search(await namespace.within(local.netns, ping))
+    except DriverError:
+        return None
+    return float(found[1]) if found else None
+
+
+async def _with_driver(local: LocalTunnel, work: Callable[[Driver], Awaitable[T]]) -> T:
+    async def inside() -> T:
+        driver = await choose(Backend(local.backend))
+        try:
+            return await work(driver)
+        finally:
+            await driver.close()
+
+    return await namespace.within(local.netns, inside)
+
+
+async def _server(config: TunnelConfig, interface: str) -> ServerPeer:
+    """The other end; raise Failure for what no controller should send and no host should set."""
+    try:
+        host, port = split_address(config.endpoint)
+        Interface(name=interface, listen_port=port, addresses=config.addresses, mtu=config.mtu).check()
+        return ServerPeer(
+            public_key=PublicKey.parse(config.server_public_key),
+            endpoint=(await _resolve(host), port),
+            allowed_ips=tuple(str(ip_network(prefix)) for prefix in config.allowed_ips),
+            preshared_key=PresharedKey.parse(config.preshared_key) if config.preshared_key else None,
+            keepalive=config.keepalive,
+        )
+    except ValueError as error:
+        raise Failure(f"the controller sent a configuration that cannot be used: {error}") from error
+
+
+async def _resolve(host: str) -> Address:
+    """The server's address; looked up where the command was typed, for a new namespace has no name servers yet."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        raise Failure(f"the server's name {host} cannot be resolved: {error.strerror}") from error
+    return ip_address(found[0][4][0])
+
+
+def _endpoint(local: LocalTunnel) -> tuple[Address, int]:
+    host, port = split_address(local.endpoint)
+    return ip_address(host), port
+
+
+def _join(endpoint: tuple[Address, int]) -> str:
+    host, port = endpoint
+    return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"

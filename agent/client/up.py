@@ -1,0 +1,271 @@
+"""A controller and one node on this machine, as children of this process: all of them run, or none."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+import yaml
+
+from agent import config, enrolment, files
+from agent.client.api import Api
+from agent.client.errors import Failure, Misuse
+from agent.client.output import Progress, fields, json_text
+from agent.client.profile import Profile
+from agent.drivers import commands
+from agent.errors import AgentError
+from agent.identity import CONFIG
+
+_ADMIN = "admin"
+_NODE = "local"
+_START_SECONDS = 30.0
+_STOP_SECONDS = 15.0
+_POLL_SECONDS = 0.1
+_LAST_WORDS = 15  # lines
+_METRICS_TIMEOUT = aiohttp.ClientTimeout(total=5)
+_ONLINE = re.compile(r"^skynetvpn_agent_connected 1\b", re.MULTILINE)
+
+T = TypeVar("T")
+
+
+async def up(arguments: argparse.Namespace, profile: Profile) -> int:
+    if os.geteuid() != 0:
+        raise Failure("up needs root: its node makes a WireGuard interface and sets forwarding and NAT")
+    directory: Path = (arguments.dir or profile.state / "up").absolute()
+    files.make_private_directory(directory)
+    installation = Installation(directory, arguments)
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        with _alone(directory):
+            await installation.run()
+    except asyncio.CancelledError:
+        if not installation.announced:
+            raise KeyboardInterrupt from None
+        print("stopped", file=sys.stderr)
+        return 0
+    return 1
+
+
+class Child:
+    """A program of the installation; it must run for as long as the installation does."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path, offset: int) -> None:
+        self.name, self.log = name, log
+        self._process, self._offset = process, offset
+
+    @classmethod
+    async def start(cls, name: str, argv: list[str], log: Path) -> Child:
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+            offset = output.tell()
+            return cls(name, await commands.start(argv, output=output.fileno()), log, offset)
+
+    async def ended(self) -> Failure:
+        status = await self._process.wait()
+        with self.log.open("rb") as file:
+            file.seek(self._offset)
+            words = file.read().decode(errors="replace").splitlines()[-_LAST_WORDS:]
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        return Failure("\n  ".join([f"the {self.name} ended with {how}; its last words ({self.log}):", *words]))
+
+    async def stop(self) -> None:
+        if self._process.returncode is not None:
+            return
+        self._process.terminate()
+        try:
+            async with asyncio.timeout(_STOP_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            print(f"skynetvpn: the {self.name} did not end in {_STOP_SECONDS:g} s and is killed", file=sys.stderr)
+            self._process.kill()
+            await self._process.wait()
+
+
+class Installation:
+    """What `up` keeps in its directory: the controller's, the agent's, their logs, and whether there is an admin."""
+
+    def __init__(self, directory: Path, arguments: argparse.Namespace) -> None:
+        self.announced = False
+        self._directory = directory
+        self._arguments = arguments
+        self._settings = directory / "controller" / "controller.yaml"
+        self._agent = directory / "agent"
+        self._admin = directory / "admin"
+        self._progress = Progress()
+
+    async def run(self) -> None:
+        """Returns never: raises Failure when a child ends, CancelledError when the person has enough."""
+        try:
+            async with AsyncExitStack() as stack:
+                await self._run(stack)
+        finally:
+            self._progress.done()
+
+    async def _run(self, stack: AsyncExitStack) -> None:
+        if not self._settings.exists():
+            await self._initialise()
+        url = self._url()
+        self._progress.show("starting the controller")
+        argv = [_script("skynetvpn-controller"), "run", "--config", str(self._settings)]
+        controller = await Child.start("controller", argv, self._directory / "controller.log")
+        stack.push_async_callback(controller.stop)
+        async with Api(url) as api:
+            await _until(api.ready, f"the controller does not answer at {url}", controller)
+            password = await self._make_admin()
+            await self._enrol(controller)
+            self._progress.show("starting the node's agent")
+            argv = [_script("skynetvpn-agent"), "run", "--config", str(self._agent / CONFIG)]
+            agent = await Child.start("agent", argv, self._directory / "agent.log")
+            stack.push_async_callback(agent.stop)
+            await _until(self._online, "the node does not come online", controller, agent)
+        self._progress.done()
+        self._announce(url, password)
+        await _unless_ended(asyncio.Event().wait(), controller, agent)
+
+    async def _initialise(self) -> None:
+        self._progress.show("making the controller's directory")
+        argv = ["init", "--dir", str(self._settings.parent)]
+        for option, value in (("--listen", self._arguments.listen), ("--node-listen", self._arguments.node_listen)):
+            argv += [option, value] if value else []
+        await self._controller(*argv)
+
+    def _url(self) -> str:
+        """Where the API is from here; the directory's settings hold after the first start."""
+        settings = yaml.safe_load(self._settings.read_text())
+        for name, wanted in (("listen", self._arguments.listen), ("node_listen", self._arguments.node_listen)):
+            if wanted and wanted != settings.get(name, wanted):
+                raise Misuse(f"{self._settings} says {name}: {settings[name]}; change it there, or use another --dir")
+        host, port = config.split_address(settings["listen"])
+        if host != "localhost" and ip_address(host).is_unspecified:
+            host = "127.0.0.1"
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def _make_admin(self) -> str | None:
+        """The password, the first time only; nothing keeps it."""
+        if self._admin.exists():
+            return None
+        self._progress.show("making the administrator")
+        password = secrets.token_urlsafe(15)
+        options = ["--email", f"{_ADMIN}@example.org", "--role", "admin", "--plan", "enterprise", "--password-stdin"]
+        await self._controller("user", "add", _ADMIN, *options, stdin=f"{password}\n")
+        files.write_private(self._admin, f"{_ADMIN}\n".encode())
+        return password
+
+    async def _enrol(self, controller: Child) -> None:
+        if (self._agent / CONFIG).exists():
+            return
+        self._progress.show("enrolling this machine as a node")
+        endpoint = self._arguments.endpoint or _own_address()
+        options = ["--country", self._arguments.country, "--city", self._arguments.city, "--endpoint", endpoint]
+        token = await self._controller("node", "token", "--name", _NODE, *options)
+        await _unless_ended(enrolment.enrol(token.strip(), self._agent), controller)
+
+    async def _controller(self, *argv: str, stdin: str | None = None) -> str:
+        settings = [] if argv[0] == "init" else ["--config", str(self._settings)]
+        return await commands.run([_script("skynetvpn-controller"), *argv, *settings], stdin=stdin, timeout=60)
+
+    async def _online(self) -> bool:
+        """Whether the agent's link is up, by its own metrics; where they are turned off nothing can be asked."""
+        address = config.load(self._agent / CONFIG).metrics
+        if not address:
+            return True
+        try:
+            async with aiohttp.request("GET", f"http://{address}/metrics", timeout=_METRICS_TIMEOUT) as response:
+                return _ONLINE.search(await response.text()) is not None
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    def _announce(self, url: str, password: str | None) -> None:
+        self.announced = True
+        if self._arguments.output == "json":
+            print(json_text({"url": url, "user": _ADMIN, "password": password}), flush=True)
+            return
+        pairs = [("API", f"{url}  (documentation: {url}/docs)"), ("user", _ADMIN)]
+        pairs.append(("password", password or "the one that was printed when this directory was made"))
+        pairs.append(("files, logs", str(self._directory)))
+        client, controller = _script("skynetvpn"), _script("skynetvpn-controller")
+        print(
+            f"""
+SkynetVPN runs on this machine. Ctrl-C stops it.
+
+{fields(pairs)}
+
+In another terminal, as root:
+  {client} login --url {url} {_ADMIN}
+  {client} servers
+  {client} connect --no-routes     # this machine to itself: a real handshake; routes stay as they are
+  {client} status
+  {client} disconnect
+
+Another device needs UDP port 51820 of this machine, and a config with a key made for it:
+  {controller} user add NAME --email E --role user --password-stdin --config {self._settings}
+""",
+            flush=True,
+        )
+
+
+def _script(name: str) -> str:
+    """A console script of the environment that this one runs in."""
+    return str(Path(sys.executable).with_name(name))
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(directory))
+        except AgentError as error:
+            raise Failure(f"{directory} is in use by another skynetvpn up") from error
+        yield
+
+
+def _own_address() -> str:
+    """The address of this machine on its default route: asks the routing table, sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+async def _until(condition: Callable[[], Awaitable[bool]], otherwise: str, *children: Child) -> None:
+    async def poll() -> None:
+        while not await condition():  # noqa: ASYNC110  # another program's state, nothing here is told of it
+            await asyncio.sleep(_POLL_SECONDS)
+
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            await _unless_ended(poll(), *children)
+    except TimeoutError as error:
+        raise Failure(f"{otherwise} within {_START_SECONDS:g} s; its log: {children[-1].log}") from error
+
+
+async def _unless_ended(work: Coroutine[Any, Any, T], *children: Child) -> T:
+    """Do the work; raise Failure with a child's last words when one ends before."""
+    task = asyncio.create_task(work)
+    watches = [asyncio.create_task(child.ended()) for child in children]
+    try:
+        await asyncio.wait([task, *watches], return_when=asyncio.FIRST_COMPLETED)
+        for watch in watches:
+            if watch.done():
+                raise watch.result()
+        return await task
+    finally:
+        for started in (task, *watches):
+            started.cancel()
+        await asyncio.gather(task, *watches, return_exceptions=True)
