@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -117,6 +118,19 @@ class Identities:
                 raise CertificateRefused
         log.info("fleet.certificate_renewed", node=node.name, expires_at=issued.not_valid_after_utc.isoformat())
         return Certificate(certificate=issued.public_bytes(Encoding.PEM), ca=self._authority.bundle)
+
+    async def standing(self, node_ids: Collection[str]) -> dict[str, tuple[NodeStatus, str | None]]:
+        """The status and the serial in use of those nodes that are there."""
+        wanted, found = sorted(node_ids), {}
+        async with self._database.connect() as connection:
+            for start in range(0, len(wanted), 500):  # engines limit the parameters of a statement
+                rows = await connection.execute(
+                    sa.select(NodeRow.id, NodeRow.status, NodeRow.serial).where(
+                        NodeRow.id.in_(wanted[start : start + 500])
+                    )
+                )
+                found.update({row.id: (NodeStatus(row.status), row.serial) for row in rows})
+        return found
 
     async def _claim(self, tx: Transaction, request: EnrolRequest, spki: bytes) -> JoinTokenRow | None:
         """The token, used up by this very request (certificate still None) or by an earlier one with the same key."""

@@ -115,6 +115,9 @@ class Fleet:
         row = NodeRow(
             id=new_id(),
             name=spec.name,
+            country=spec.country,
+            city=spec.city,
+            plan=spec.plan,
             status=NodeStatus.ENABLED,
             created_at=now(),
             wireguard_port=settings.wireguard_port,

@@ -1,0 +1,162 @@
+"""One node's WebSocket: a reader, the one writer, and an end that cannot be held up by the other side."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import structlog
+from aiohttp import WSMsgType, web
+
+from controller.channel.metrics import ChannelMetrics
+from controller.channel.pushes import Push
+from controller.channel.session import ProtocolViolation, Session, Wanted
+from controller.errors import DomainError
+from controller.fleet.identities import Admitted
+from controller.store.database import StoreUnavailable
+from shared.protocol import Bye, Frame, FromAgent, Hello, MalformedFrame, decode_from_agent, encode
+
+HELLO_DEADLINE = 10.0  # seconds
+SEND_DEADLINE = 10.0  # a node that takes nothing for so long is dropped; it resynchronises when it is back
+FAREWELL = 0.5
+_MAX_WAITING = 256  # frames that are no state: acknowledgements of reports and the like
+
+log = structlog.get_logger()
+
+
+class Connection:
+    """`read_push` reads what a scope has to be sent, `receive` takes what the node sends."""
+
+    def __init__(
+        self,
+        socket: web.WebSocketResponse,
+        transport: asyncio.Transport,
+        node: Admitted,
+        session: Session,
+        metrics: ChannelMetrics,
+        read_push: Callable[[Wanted], Awaitable[Push]],
+    ) -> None:
+        self.node = node
+        self.session = session
+        self._socket = socket
+        self._transport = transport
+        self._metrics = metrics
+        self._read_push = read_push
+        self._waiting: deque[bytes] = deque()
+        self._work = asyncio.Event()
+        self._ended: asyncio.Future[Bye | None] = asyncio.get_running_loop().create_future()
+
+    def send(self, frame: Frame) -> None:
+        if len(self._waiting) >= _MAX_WAITING:
+            self._drop("too many frames wait")
+            return
+        self._waiting.append(encode(frame))
+        self._work.set()
+
+    def wake(self) -> None:
+        """Something may be wanted by the session."""
+        self._work.set()
+
+    def end(self, bye: Bye | None) -> None:
+        """End the session; the first reason counts."""
+        if not self._ended.done():
+            self._ended.set_result(bye)
+
+    async def run(self, receive: Callable[[FromAgent], Awaitable[None]]) -> None:
+        """Serve the node until either side ends it."""
+        bye: Bye | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                reader = tasks.create_task(self._read(receive))
+                writer = tasks.create_task(self._write())
+                bye = await self._ended
+                reader.cancel()
+                writer.cancel()
+        finally:
+            await self._close(bye)
+
+    async def _read(self, receive: Callable[[FromAgent], Awaitable[None]]) -> None:
+        try:
+            await self._receive_hello(receive)
+            async for message in self._socket:
+                await self._take(message.type, message.data, receive)
+            self.end(None)
+        except (ProtocolViolation, MalformedFrame) as error:
+            self._metrics.violations.labels(self.node.name).inc()
+            log.warning("channel.violation", node=self.node.name, reason=str(error))
+            self.end(Bye(reason=str(error)))
+        except StoreUnavailable as error:
+            self.end(Bye(reason=str(error)))
+        except DomainError as error:
+            log.warning("channel.refused", node=self.node.name, code=error.code, reason=str(error))
+            self.end(Bye(reason=str(error), retry=False))
+
+    async def _receive_hello(self, receive: Callable[[FromAgent], Awaitable[None]]) -> None:
+        try:
+            message = await self._socket.receive(timeout=HELLO_DEADLINE)
+        except TimeoutError as error:
+            raise ProtocolViolation(f"no hello within {HELLO_DEADLINE:g} seconds") from error
+        await self._take(message.type, message.data, receive)
+
+    async def _take(self, kind: WSMsgType, data: object, receive: Callable[[FromAgent], Awaitable[None]]) -> None:
+        if kind in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR):
+            self.end(None)
+            return
+        if kind is not WSMsgType.BINARY or not isinstance(data, bytes):
+            raise ProtocolViolation("a frame is one binary message")
+        frame = decode_from_agent(data)
+        if frame is None:
+            return
+        if not self.session.greeted and not isinstance(frame, Hello):
+            raise ProtocolViolation("the first frame is a hello")
+        await receive(frame)
+
+    async def _write(self) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            await self._flush()
+            while (wanted := self.session.wanted()) is not None:
+                if not await self._push(wanted):
+                    break
+                await self._flush()
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            await self._transmit(self._waiting.popleft())
+
+    async def _push(self, wanted: Wanted) -> bool:
+        try:
+            push = await self._read_push(wanted)
+        except StoreUnavailable:
+            self.session.postpone(wanted.scope)  # the sweep wakes us when the database is back
+            return False
+        if self.session.pushing(wanted.scope, push.revision, push.digest):
+            for frame in push.frames:
+                await self._transmit(frame)
+        return True
+
+    async def _transmit(self, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(SEND_DEADLINE):
+                await self._socket.send_bytes(data)
+        except TimeoutError:
+            self._drop(f"it took nothing for {SEND_DEADLINE:g} seconds")
+        except ConnectionError:
+            self.end(None)
+
+    def _drop(self, reason: str) -> None:
+        if not self._ended.done():
+            self._metrics.dropped.labels(self.node.name).inc()
+            log.warning("channel.node_dropped", node=self.node.name, reason=reason)
+        self.end(Bye(reason="too slow"))
+
+    async def _close(self, bye: Bye | None) -> None:
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(FAREWELL):
+                if bye is not None and not self._socket.closed:
+                    await self._socket.send_bytes(encode(bye))
+                await self._socket.close()
+        self._transport.abort()

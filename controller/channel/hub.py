@@ -1,0 +1,289 @@
+"""All live sessions: wakes them after a commit, makes up for lost wake-ups, cuts off who is no longer admitted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import structlog
+from aiohttp import web
+
+from controller.channel.connection import Connection
+from controller.channel.intake import Intake, OnReport
+from controller.channel.metrics import ChannelMetrics
+from controller.channel.pushes import Push, Pushes
+from controller.channel.session import Session, Wanted
+from controller.desired import service as desired
+from controller.fleet.directory import Directory
+from controller.fleet.errors import NodeDisabled, NodeLocked
+from controller.fleet.identities import Admitted, Identities
+from controller.fleet.nodes import NodeStatus
+from controller.fleet.progress import Progress
+from controller.store.database import Committed, Database, StoreUnavailable, Topic
+from controller.store.types import now
+from shared.protocol import Bye
+
+log = structlog.get_logger()
+
+Waiter = tuple[int, asyncio.Future[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """Seconds between two rounds."""
+
+    sweep: float = 5.0
+    check: float = 30.0
+    flush: float = 1.0
+    purge: float = 600.0
+
+
+@dataclass(slots=True)
+class _Live:
+    connection: Connection
+    expires_at: datetime
+    applied: dict[str, int] = field(default_factory=dict)
+
+
+def own_scope(node_id: str) -> Sequence[str]:
+    return (desired.node_scope(node_id),)
+
+
+class Hub:
+    def __init__(
+        self,
+        database: Database,
+        epoch: str,
+        identities: Identities,
+        progress: Progress,
+        directory: Directory,
+        on_report: OnReport,
+        metrics: ChannelMetrics,
+        *,
+        scopes_of: Callable[[str], Sequence[str]] = own_scope,
+        intervals: Intervals | None = None,
+    ) -> None:
+        self._database = database
+        self._epoch = epoch
+        self._identities = identities
+        self._progress = progress
+        self._directory = directory
+        self._on_report = on_report
+        self._metrics = metrics
+        self._scopes_of = scopes_of
+        self._intervals = intervals or Intervals()
+        self._pushes = Pushes(database, epoch)
+        self._live: dict[str, _Live] = {}
+        self._listeners: dict[str, dict[str, Connection]] = {}  # scope -> node id -> connection
+        self._waiters: dict[tuple[str, str], list[Waiter]] = {}
+        self._sweep_now = asyncio.Event()
+        self._check_now = asyncio.Event()
+        self._closing = False
+        database.listen(self._committed)
+
+    @property
+    def online(self) -> frozenset[str]:
+        return frozenset(self._live)
+
+    def poke(self, scopes: Iterable[str]) -> None:
+        """The scopes changed. Only a hint: a lost one is made up for by the sweep."""
+        moment = time.monotonic()
+        for scope in scopes:
+            if (listeners := self._listeners.get(scope)) is None:
+                continue
+            self._pushes.changed(scope)
+            for connection in listeners.values():
+                connection.session.poke(scope, moment)
+                connection.wake()
+
+    async def wait_applied(self, node_id: str, scope: str, revision: int, timeout: float) -> bool:
+        """Wait until the node has applied the revision; False when it has not in time."""
+        live = self._live.get(node_id)
+        if live is not None and live.applied.get(scope, -1) >= revision:
+            return True
+        applied: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault((node_id, scope), [])
+        waiters.append((revision, applied))
+        try:
+            async with asyncio.timeout(timeout):
+                await applied
+        except TimeoutError:
+            return False
+        finally:
+            self._forget_waiter(node_id, scope, (revision, applied))
+        return True
+
+    async def serve(
+        self,
+        socket: web.WebSocketResponse,
+        transport: asyncio.Transport,
+        node: Admitted,
+        expires_at: datetime,
+        address: str,
+    ) -> None:
+        """Run one node's session until it ends; a second one of the same node replaces the first."""
+        session = Session(node.node_id, self._epoch, self._scopes_of(node.node_id))
+        connection = Connection(socket, transport, node, session, self._metrics, self._read_push)
+        intake = Intake(
+            connection,
+            address,
+            identities=self._identities,
+            progress=self._progress,
+            directory=self._directory,
+            on_report=self._on_report,
+            metrics=self._metrics,
+            greeted=lambda: self._up(connection),
+            applied=lambda scope, revision: self._applied(connection, scope, revision),
+        )
+        live = _Live(connection, expires_at)
+        if (former := self._live.get(node.node_id)) is not None:
+            former.connection.end(Bye(reason="another session of this node began"))
+        self._live[node.node_id] = live
+        for scope in session.scopes:
+            self._listeners.setdefault(scope, {})[node.node_id] = connection
+        if self._closing:
+            connection.end(Bye(reason="the controller is stopping"))
+        try:
+            await connection.run(intake.receive)
+        finally:
+            if self._live.get(node.node_id) is live:
+                self._gone(connection)
+
+    async def run(self) -> None:
+        """Everything that is not caused by a node or a commit of this process."""
+        every = self._intervals
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._rounds(self._sweep, every.sweep, self._sweep_now))
+            tasks.create_task(self._rounds(self._check, every.check, self._check_now))
+            tasks.create_task(self._rounds(self._progress.flush, every.flush))
+            tasks.create_task(self._rounds(self._purge, every.purge))
+
+    async def close(self) -> None:
+        """End all sessions; the nodes go on serving and come back."""
+        self._closing = True
+        for live in self._live.values():
+            live.connection.end(Bye(reason="the controller is stopping"))
+        await self._progress.flush()
+
+    def _committed(self, committed: Committed) -> None:
+        if committed.scopes is not None:
+            self.poke(committed.scopes)
+        elif Topic.DESIRED in committed.topics:
+            self._sweep_now.set()
+        if Topic.NODES in committed.topics:
+            self._check_now.set()
+
+    async def _read_push(self, wanted: Wanted) -> Push:
+        return await self._pushes.get(wanted, shared=len(self._listeners.get(wanted.scope, ())) > 1)
+
+    def _up(self, connection: Connection) -> None:
+        self._directory.set_online(connection.node.node_id, True)
+        self._metrics.up.labels(connection.node.name).set(1)
+        log.info("channel.node_up", node=connection.node.name)
+
+    def _gone(self, connection: Connection) -> None:
+        node = connection.node
+        del self._live[node.node_id]
+        for scope in connection.session.scopes:
+            listeners = self._listeners[scope]
+            del listeners[node.node_id]
+            if not listeners:
+                del self._listeners[scope]
+                self._pushes.forget(scope)
+        if connection.session.greeted:
+            self._directory.set_online(node.node_id, False)
+            self._metrics.up.labels(node.name).set(0)
+            log.info("channel.node_down", node=node.name)
+
+    def _applied(self, connection: Connection, scope: str, revision: int) -> None:
+        node_id = connection.node.node_id
+        live = self._live.get(node_id)
+        if live is None or live.connection is not connection:
+            return
+        live.applied[scope] = revision
+        for wanted, applied in self._waiters.get((node_id, scope), ()):
+            if wanted <= revision and not applied.done():
+                applied.set_result(None)
+
+    def _forget_waiter(self, node_id: str, scope: str, waiter: Waiter) -> None:
+        waiters = self._waiters[node_id, scope]
+        waiters.remove(waiter)
+        if not waiters:
+            del self._waiters[node_id, scope]
+
+    async def _rounds(
+        self, work: Callable[[], Awaitable[None]], every: float, early: asyncio.Event | None = None
+    ) -> None:
+        failing = False
+        early = early or asyncio.Event()
+        while True:
+            try:
+                async with asyncio.timeout(every):
+                    await early.wait()
+            except TimeoutError:
+                pass  # the ordinary round
+            early.clear()
+            try:
+                await work()
+                failing = False
+            except StoreUnavailable:
+                if not failing:
+                    log.warning("channel.store_unavailable", work=work.__name__)
+                failing = True
+
+    async def _sweep(self) -> None:
+        """Compare the database's revisions with those that were sent."""
+        scopes = list(self._listeners)
+        current: dict[str, int] = {}
+        async with self._database.connect() as connection:
+            for start in range(0, len(scopes), 500):
+                current |= await desired.revisions(connection, scopes[start : start + 500])
+        moment = time.monotonic()
+        for scope, revision in current.items():
+            behind = [
+                listener
+                for listener in self._listeners.get(scope, {}).values()
+                if listener.session.compare(scope, revision, moment)
+            ]
+            if behind:
+                self._pushes.changed(scope)
+            for listener in behind:
+                listener.wake()
+
+    async def _check(self) -> None:
+        """Cut off every node whose status or certificate is no longer good, and release confirmed snapshots."""
+        moment, live = now(), dict(self._live)
+        standing = await self._identities.standing(live)
+        for node_id, session in live.items():
+            reason = _inadmissible(session, standing.get(node_id), moment)
+            if reason is not None:
+                log.warning("channel.node_cut_off", node=session.connection.node.name, reason=reason.reason)
+                session.connection.end(reason)
+        for node_id, scope in await self._progress.confirmed(live):
+            if live[node_id].connection.session.confirm(scope):
+                live[node_id].connection.wake()
+        if live:
+            await self._progress.seen(live, moment)
+
+    async def _purge(self) -> None:
+        purged = await self._progress.purge(self._scopes_of)
+        if purged:
+            log.info("channel.tombstones_purged", count=purged)
+
+
+def _inadmissible(live: _Live, standing: tuple[NodeStatus, str | None] | None, moment: datetime) -> Bye | None:
+    if standing is None:
+        return Bye(reason="the node was removed", retry=False)
+    status, serial = standing
+    if status == NodeStatus.LOCKED:
+        return Bye(reason=str(NodeLocked()), retry=False)
+    if status == NodeStatus.DISABLED:
+        return Bye(reason=str(NodeDisabled()))
+    if serial != live.connection.node.serial:
+        return Bye(reason="another certificate of this node is in use")
+    if live.expires_at <= moment:
+        return Bye(reason="the certificate of this session has expired")
+    return None

@@ -1,0 +1,133 @@
+"""What each frame of a node does."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from typing import assert_never
+
+import structlog
+
+from controller.channel.connection import Connection
+from controller.channel.metrics import ChannelMetrics
+from controller.errors import DomainError
+from controller.fleet.directory import Directory
+from controller.fleet.identities import Identities
+from controller.fleet.progress import Progress
+from shared.protocol import Applied, Drift, FromAgent, Hello, Received, Refused, Renew, Report, Resync
+
+OnReport = Callable[[str, Report], Awaitable[None] | None]  # takes the node's id; returns when the report is stored
+
+log = structlog.get_logger()
+
+
+class Intake:
+    """One session's. The node is the certificate's: no frame can speak of another one."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        address: str,
+        *,
+        identities: Identities,
+        progress: Progress,
+        directory: Directory,
+        on_report: OnReport,
+        metrics: ChannelMetrics,
+        greeted: Callable[[], None],
+        applied: Callable[[str, int], None],
+    ) -> None:
+        self._connection = connection
+        self._node = connection.node
+        self._session = connection.session
+        self._address = address
+        self._identities = identities
+        self._progress = progress
+        self._directory = directory
+        self._on_report = on_report
+        self._metrics = metrics
+        self._greeted = greeted
+        self._release = applied
+
+    async def receive(self, frame: FromAgent) -> None:
+        """Raises ProtocolViolation and DomainError; both end the session."""
+        match frame:
+            case Hello():
+                await self._hello(frame)
+            case Applied():
+                self._applied(frame)
+            case Refused():
+                await self._refused(frame)
+            case Resync():
+                self._session.resync(frame, time.monotonic())
+                log.info("channel.resync", node=self._node.name, scope=frame.scope, reason=frame.reason)
+                self._connection.wake()
+            case Drift():
+                self._drift(frame)
+            case Report():
+                await self._report(frame)
+            case Renew():
+                self._connection.send(await self._identities.renew(self._node, frame.csr))
+            case _:
+                assert_never(frame)
+
+    async def _hello(self, frame: Hello) -> None:
+        standing = await self._progress.standing(self._node.node_id)
+        welcome = self._session.hello(frame, [scope for scope, known in standing.items() if known.confirmed])
+        await self._identities.hello(self._node, frame, self._address)
+        self._connection.send(welcome)
+        self._greeted()
+
+    def _applied(self, frame: Applied) -> None:
+        acknowledged = self._session.applied(frame, time.monotonic())
+        if acknowledged is None:
+            return
+        for seconds in acknowledged.seconds:
+            self._metrics.push.observe(seconds)
+        if acknowledged.mismatch:
+            self._metrics.drift.labels(self._node.name).inc()
+            log.warning("channel.digest_mismatch", node=self._node.name, scope=frame.scope, revision=frame.revision)
+            self._connection.wake()
+        if acknowledged.problem:
+            log.warning("channel.not_applied", node=self._node.name, scope=frame.scope, problem=acknowledged.problem)
+        self._progress.applied(self._node.node_id, frame.scope, frame.revision, frame.digest, acknowledged.problem)
+        self._release(frame.scope, frame.revision)
+
+    async def _refused(self, frame: Refused) -> None:
+        self._metrics.refused.labels(self._node.name).inc()
+        log.error(
+            "channel.snapshot_refused",
+            node=self._node.name,
+            scope=frame.scope,
+            revision=frame.revision,
+            removes=frame.removes,
+            present=frame.present,
+            reason=frame.reason,
+        )
+        if self._session.owns(frame.scope):  # else it keeps a scope that it no longer has: an operator's matter
+            self._session.refused(frame, time.monotonic())
+            await self._progress.refused(self._node.node_id, frame.scope, frame.revision, frame.reason)
+
+    def _drift(self, frame: Drift) -> None:
+        self._metrics.drift.labels(self._node.name).inc()
+        log.warning(
+            "channel.drift",
+            node=self._node.name,
+            scope=frame.scope,
+            missing=frame.missing,
+            unexpected=frame.unexpected,
+            changed=frame.changed,
+        )
+
+    async def _report(self, frame: Report) -> None:
+        if frame.load is not None:
+            self._directory.set_load(self._node.node_id, frame.load.total)
+        try:
+            stored = self._on_report(self._node.node_id, frame)
+            if inspect.isawaitable(stored):
+                await stored
+        except DomainError as error:  # not acknowledged: the node sends it again
+            log.warning("channel.report_not_stored", node=self._node.name, code=error.code)
+            return
+        self._connection.send(Received(sequence=frame.sequence))

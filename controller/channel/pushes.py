@@ -1,0 +1,109 @@
+"""What a scope's nodes are sent: read in one query, encoded once for all nodes at the same revision."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from controller.channel.session import Wanted
+from controller.desired import service as desired
+from controller.desired.service import Changes, State
+from controller.store.database import Database
+from shared.protocol import MAX_FRAME_BYTES, SNAPSHOT_CHUNK, Delta, Snapshot, encode
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    revision: int
+    digest: bytes
+    frames: tuple[bytes, ...]
+
+
+@dataclass(slots=True)
+class _Scope:
+    """One scope's encoded answers, valid until the next poke."""
+
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    generation: int = 0
+    ready: dict[tuple[int | None, bool], Push] = field(default_factory=dict)
+
+
+class Pushes:
+    def __init__(self, database: Database, epoch: str) -> None:
+        self._database = database
+        self._epoch = epoch
+        self._scopes: dict[str, _Scope] = {}
+
+    def changed(self, scope: str) -> None:
+        if (state := self._scopes.get(scope)) is not None:
+            state.generation += 1
+            state.ready.clear()
+
+    def forget(self, scope: str) -> None:
+        """Nobody listens to the scope any more."""
+        self._scopes.pop(scope, None)
+
+    async def get(self, wanted: Wanted, shared: bool) -> Push:
+        """The answer; with `shared` it is kept for the other nodes of the scope. Raises StoreUnavailable."""
+        if not shared:
+            return await self._read(wanted)
+        state = self._scopes.setdefault(wanted.scope, _Scope())
+        key = (wanted.base, wanted.confirmed)
+        async with state.turn:
+            if (ready := state.ready.get(key)) is not None:
+                return ready
+            generation = state.generation
+            push = await self._read(wanted)
+            if generation == state.generation:  # else it may be older than the poke
+                state.ready[key] = push
+            return push
+
+    async def _read(self, wanted: Wanted) -> Push:
+        async with self._database.connect() as connection:
+            return await self._delta(connection, wanted) or await self._snapshot(connection, wanted)
+
+    async def _delta(self, connection: AsyncConnection, wanted: Wanted) -> Push | None:
+        if wanted.base is None:
+            return None
+        changes = await desired.changes(connection, wanted.scope, wanted.base)
+        if changes is None:
+            return None
+        frame = encode_delta(self._epoch, changes)
+        return Push(changes.revision, changes.digest, (frame,)) if len(frame) <= MAX_FRAME_BYTES else None
+
+    async def _snapshot(self, connection: AsyncConnection, wanted: Wanted) -> Push:
+        state = await desired.state(connection, wanted.scope)
+        return Push(state.revision, state.digest, encode_snapshot(self._epoch, state, wanted.confirmed))
+
+
+def encode_delta(epoch: str, changes: Changes) -> bytes:
+    return encode(
+        Delta(
+            epoch=epoch,
+            scope=changes.scope,
+            base=changes.base,
+            revision=changes.revision,
+            upserts=changes.upserts,
+            removals=changes.removals,
+        )
+    )
+
+
+def encode_snapshot(epoch: str, state: State, confirmed: bool) -> tuple[bytes, ...]:
+    starts = range(0, max(len(state.resources), 1), SNAPSHOT_CHUNK)  # an empty scope is one empty part
+    return tuple(
+        encode(
+            Snapshot(
+                epoch=epoch,
+                scope=state.scope,
+                revision=state.revision,
+                part=part,
+                last=part == len(starts) - 1,
+                resources=state.resources[start : start + SNAPSHOT_CHUNK],
+                confirmed=confirmed,
+            )
+        )
+        for part, start in enumerate(starts)
+    )
