@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import sqlalchemy as sa
 import structlog
@@ -21,7 +20,7 @@ from controller.fleet.errors import ServerNotFound
 from controller.secretbox import SecretBox
 from controller.store.database import Database, StoreUnavailable, Topic, Transaction
 from controller.store.types import new_id, now
-from controller.tunnels import allocation, errors
+from controller.tunnels import allocation, ending, errors
 from controller.tunnels.addresses import Pool
 from controller.tunnels.clientconfig import ClientConfig
 from controller.tunnels.connection import Connection
@@ -29,13 +28,12 @@ from controller.tunnels.counters import Counters
 from controller.tunnels.live import LiveStates
 from controller.tunnels.status import status
 from controller.tunnels.tables import AllocationRow, ConnectionRow
-from shared.desired import Kind, Peer
+from shared.desired import Peer
 from shared.keys import InvalidKey, PresharedKey, PrivateKey, PublicKey, encode_key
 
 _ATTEMPTS = 32  # of a transaction whose slot or key another one took first
 _MAX_DEVICE_ID = 64
 _SWEEP_INTERVAL = 3600.0  # seconds
-_SWEEP_BATCH = 500
 
 log = structlog.get_logger()
 
@@ -51,6 +49,22 @@ class TunnelSettings:
     cool_down: timedelta = timedelta(minutes=10)  # before an address serves somebody else
     unused_after: timedelta = timedelta(days=1)  # a connection that never had a handshake ends
     silent_after: timedelta = timedelta(days=30)  # one that has had none for so long, too
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What one connection is to be, the same in every attempt to write it."""
+
+    id: str
+    user_id: str
+    node_id: str
+    contract: str
+    protocol: str
+    device_id: str | None
+    public_key: PublicKey
+    private_key: PrivateKey | None
+    preshared_key: PresharedKey
+    limit: int
 
 
 class Tunnels:
@@ -101,21 +115,19 @@ class Tunnels:
         if protocol not in server.protocols:
             raise errors.ProtocolNotOffered(offered=", ".join(server.protocols))
         private_key = PrivateKey.generate() if public_key is None else None
-        row = ConnectionRow(
+        request = _Request(
             id=new_id(),
             user_id=principal.user_id,
             node_id=server.id,
             contract=contract,
             protocol=protocol,
             device_id=_device_id(device_id),
-            created_at=now(),
-            public_key=(private_key.public() if private_key else _client_key(public_key or "", server)).raw,
+            public_key=private_key.public() if private_key is not None else _client_key(public_key or "", server),
+            private_key=private_key,
+            preshared_key=PresharedKey.generate(),
+            limit=self._max_connections(principal.plan),
         )
-        preshared_key = PresharedKey.generate()
-        row.sealed_private_key = self._seal(row, "sealed_private_key", private_key.raw) if private_key else None
-        row.sealed_preshared_key = self._seal(row, "sealed_preshared_key", preshared_key.raw)
-        limit = self._max_connections(principal.plan)
-        row, addresses, revision = await self._insert(row, preshared_key, limit)
+        row, addresses, revision = await self._insert(request)
         self._live.begin(row)
         log.info("tunnels.connection_created", connection_id=row.id, user_id=row.user_id, node_id=row.node_id)
         applied = None
@@ -160,7 +172,7 @@ class Tunnels:
             )
             if row is None:
                 raise errors.ConnectionNotFound
-            revisions = await _end(tx, [row], "terminated")
+            revisions = await ending.end(tx, [row], "terminated")
         applied = None
         if wait is not None:
             scope = desired.node_scope(row.node_id)
@@ -200,46 +212,14 @@ class Tunnels:
 
     async def end_all(self, tx: Transaction, user_id: str, reason: str) -> int:
         """End all connections of an account inside the caller's transaction; return how many there were."""
-        rows = (
-            await tx.session.scalars(
-                sa.select(ConnectionRow)
-                .where(ConnectionRow.user_id == user_id, ConnectionRow.ended_at.is_(None))
-                .order_by(ConnectionRow.id)
-                .with_for_update()
-            )
-        ).all()
-        await _end(tx, rows, reason)
-        return len(rows)
+        return await ending.end_account(tx, user_id, reason)
 
     async def end_expired(self) -> int:
-        """End what nobody uses: it holds an address, and a place of the plan's limit. Return how many there were.
-
-        Nodes that are away are left alone: their clients may be connected without our knowing.
-        """
-        moment, ended = now(), 0
-        unused, silent = moment - self._settings.unused_after, moment - self._settings.silent_after
-        expired = sa.or_(
-            sa.and_(ConnectionRow.handshake_at.is_(None), ConnectionRow.created_at < unused),
-            ConnectionRow.handshake_at < silent,
+        """End what nobody uses: it holds an address, and a place of the plan's limit. Return how many there were."""
+        moment = now()
+        return await ending.end_expired(
+            self._database, moment - self._settings.unused_after, moment - self._settings.silent_after, self._present
         )
-        after = ""
-        while True:
-            async with self._database.transaction() as tx:
-                rows = (
-                    await tx.session.scalars(
-                        sa.select(ConnectionRow)
-                        .where(ConnectionRow.ended_at.is_(None), expired, ConnectionRow.id > after)
-                        .order_by(ConnectionRow.id)
-                        .limit(_SWEEP_BATCH)
-                        .with_for_update(skip_locked=True)
-                    )
-                ).all()
-                if not rows:
-                    return ended
-                after = rows[-1].id
-                present = [row for row in rows if self._present(row.node_id)]
-                await _end(tx, present, "expired")
-                ended += len(present)
 
     async def run(self) -> None:
         """End expired connections every hour."""
@@ -250,31 +230,29 @@ class Tunnels:
             except StoreUnavailable:
                 log.warning("tunnels.sweep_failed")
 
-    async def _insert(
-        self, row: ConnectionRow, preshared_key: PresharedKey, limit: int
-    ) -> tuple[ConnectionRow, tuple[str, ...], int]:
+    async def _insert(self, request: _Request) -> tuple[ConnectionRow, tuple[str, ...], int]:
         for _ in range(_ATTEMPTS):
             try:
                 async with self._database.transaction() as tx:
-                    return await self._connect(tx, _copy(row), preshared_key, limit)
+                    return await self._connect(tx, request)
             except IntegrityError:
                 continue  # another writer took the slot or the key between our reading and our writing
         raise StoreUnavailable
 
-    async def _connect(
-        self, tx: Transaction, row: ConnectionRow, preshared_key: PresharedKey, limit: int
-    ) -> tuple[ConnectionRow, tuple[str, ...], int]:
+    async def _connect(self, tx: Transaction, request: _Request) -> tuple[ConnectionRow, tuple[str, ...], int]:
         session = tx.session
-        await self._hold_account(tx, row.user_id)
+        await self._hold_account(tx, request.user_id)
+        row = self._row(request)
         former = await _latest(session, row.node_id, row.public_key)
         replaced = former if former is not None and former.ended_at is None else None
         if replaced is not None and replaced.user_id != row.user_id:
             raise errors.PublicKeyInUse
-        if await _count_live(session, row.user_id) - (replaced is not None) >= limit:
-            raise errors.ConnectionLimitReached(limit=limit)
-        self._start_counting(row, former)
+        if await _count_live(session, row.user_id) - (replaced is not None) >= request.limit:
+            raise errors.ConnectionLimitReached(limit=request.limit)
+        if former is not None:
+            self._continue_counting(row, former)
         if replaced is not None:
-            _close(replaced, "replaced", row.created_at)
+            ending.close(replaced, "replaced", row.created_at)
             await session.flush()
         session.add(row)
         await session.flush()
@@ -285,20 +263,40 @@ class Tunnels:
                 session, self._settings.pool, row.node_id, row.id, row.created_at, self._settings.cool_down
             )
         addresses = self._settings.pool.client_addresses(slot)
-        peer = Peer(public_key=row.public_key, allowed_ips=addresses, preshared_key=preshared_key.raw)
+        peer = Peer(public_key=row.public_key, allowed_ips=addresses, preshared_key=request.preshared_key.raw)
         revision = await desired.put(tx, desired.node_scope(row.node_id), [peer])
         tx.touch(Topic.CONNECTIONS)
         return row, addresses, revision
 
-    def _start_counting(self, row: ConnectionRow, former: ConnectionRow | None) -> None:
-        """A node may still have the peer of an earlier connection: what it has counted is not this one's."""
-        counters, last_handshake = Counters(None, 0, 0, 0, 0), 0
-        if former is not None:
-            counters = Counters(former.generation, former.last_rx, former.last_tx, 0, 0)
-            last_handshake = former.last_handshake
-        counters, last_handshake = self._live.baseline(row.node_id, row.public_key) or (counters, last_handshake)
+    def _row(self, request: _Request) -> ConnectionRow:
+        row = ConnectionRow(
+            id=request.id,
+            user_id=request.user_id,
+            node_id=request.node_id,
+            contract=request.contract,
+            protocol=request.protocol,
+            device_id=request.device_id,
+            created_at=now(),
+            public_key=request.public_key.raw,
+            last_rx=0,
+            last_tx=0,
+            last_handshake=0,
+            rx=0,
+            tx=0,
+        )
+        if request.private_key is not None:
+            row.sealed_private_key = self._seal(row, "sealed_private_key", request.private_key.raw)
+        row.sealed_preshared_key = self._seal(row, "sealed_preshared_key", request.preshared_key.raw)
+        return row
+
+    def _continue_counting(self, row: ConnectionRow, former: ConnectionRow) -> None:
+        """The node may still have the peer of an earlier connection: what it has counted is not this one's."""
+        counters, last_handshake = self._live.baseline(row.node_id, row.public_key) or (
+            Counters(former.generation, former.last_rx, former.last_tx, 0, 0),
+            former.last_handshake,
+        )
         row.generation, row.last_rx, row.last_tx = counters.generation, counters.last_rx, counters.last_tx
-        row.rx, row.tx, row.last_handshake = 0, 0, last_handshake
+        row.last_handshake = last_handshake
 
     def _connection(self, row: ConnectionRow, addresses: tuple[str, ...], applied: bool | None = None) -> Connection:
         newer = self._live.get(row.id)
@@ -381,33 +379,3 @@ async def _count_live(session: AsyncSession, user_id: str) -> int:
         )
         or 0
     )
-
-
-def _close(row: ConnectionRow, reason: str, moment: datetime) -> None:
-    row.ended_at, row.end_reason = moment, reason
-    row.sealed_private_key = row.sealed_preshared_key = None
-
-
-async def _end(tx: Transaction, rows: Sequence[ConnectionRow], reason: str) -> dict[str, int]:
-    """End live connections: keys forgotten, addresses cooling down, peers off their nodes. Return the revisions."""
-    if not rows:
-        return {}
-    moment = now()
-    peers: defaultdict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        _close(row, reason, moment)
-        peers[row.node_id].append(encode_key(row.public_key))
-    await tx.session.flush()
-    await allocation.release(tx.session, [row.id for row in rows], moment)
-    revisions = {
-        node_id: await desired.remove(tx, desired.node_scope(node_id), Kind.WIREGUARD_PEER, keys)
-        for node_id, keys in sorted(peers.items())  # one order for all writers: no deadlock on the scopes' rows
-    }
-    tx.touch(Topic.CONNECTIONS)
-    log.info("tunnels.connections_ended", count=len(rows), reason=reason)
-    return revisions
-
-
-def _copy(row: ConnectionRow) -> ConnectionRow:
-    """A fresh object for each attempt: one that a failed session held cannot be added again."""
-    return ConnectionRow(**{column.key: getattr(row, column.key) for column in sa.inspect(ConnectionRow).columns})

@@ -1,0 +1,90 @@
+"""Ends connections: keys forgotten, addresses cooling down, peers off their nodes, all in one transaction."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from datetime import datetime
+
+import sqlalchemy as sa
+import structlog
+
+from controller.desired import service as desired
+from controller.store.database import Database, Topic, Transaction
+from controller.store.types import now
+from controller.tunnels import allocation
+from controller.tunnels.tables import ConnectionRow
+from shared.desired import Kind
+from shared.keys import encode_key
+
+_BATCH = 500
+
+log = structlog.get_logger()
+
+
+def close(row: ConnectionRow, reason: str, moment: datetime) -> None:
+    row.ended_at, row.end_reason = moment, reason
+    row.sealed_private_key = row.sealed_preshared_key = None
+
+
+async def end(tx: Transaction, rows: Sequence[ConnectionRow], reason: str) -> dict[str, int]:
+    """End live connections; return the revision of each node's scope that takes the peers off."""
+    if not rows:
+        return {}
+    moment = now()
+    peers: defaultdict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        close(row, reason, moment)
+        peers[row.node_id].append(encode_key(row.public_key))
+    await tx.session.flush()
+    await allocation.release(tx.session, [row.id for row in rows], moment)
+    revisions = {
+        node_id: await desired.remove(tx, desired.node_scope(node_id), Kind.WIREGUARD_PEER, keys)
+        for node_id, keys in sorted(peers.items())  # one order for all writers: no deadlock on the scopes' rows
+    }
+    tx.touch(Topic.CONNECTIONS)
+    log.info("tunnels.connections_ended", connection_ids=[row.id for row in rows], reason=reason)
+    return revisions
+
+
+async def end_account(tx: Transaction, user_id: str, reason: str) -> int:
+    rows = await tx.session.scalars(
+        sa.select(ConnectionRow)
+        .where(ConnectionRow.user_id == user_id, ConnectionRow.ended_at.is_(None))
+        .order_by(ConnectionRow.id)
+        .with_for_update()
+    )
+    ended = rows.all()
+    await end(tx, ended, reason)
+    return len(ended)
+
+
+async def end_expired(
+    database: Database, unused_since: datetime, silent_since: datetime, present: Callable[[str], bool]
+) -> int:
+    """End connections that never had a handshake, or none for long; in batches, so that others can write between.
+
+    Nodes that are not `present` are left alone: their clients may be connected without our knowing.
+    """
+    expired = sa.or_(
+        sa.and_(ConnectionRow.handshake_at.is_(None), ConnectionRow.created_at < unused_since),
+        ConnectionRow.handshake_at < silent_since,
+    )
+    after, ended = "", 0
+    while True:
+        async with database.transaction() as tx:
+            rows = (
+                await tx.session.scalars(
+                    sa.select(ConnectionRow)
+                    .where(ConnectionRow.ended_at.is_(None), expired, ConnectionRow.id > after)
+                    .order_by(ConnectionRow.id)
+                    .limit(_BATCH)
+                    .with_for_update(skip_locked=True)
+                )
+            ).all()
+            if not rows:
+                return ended
+            after = rows[-1].id
+            gone = [row for row in rows if present(row.node_id)]
+            await end(tx, gone, "expired")
+            ended += len(gone)
