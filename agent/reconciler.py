@@ -84,7 +84,8 @@ class Reconciler:
         self._totals: dict[str, int] = {}
         self._staging = Staging()
         self._resyncs: dict[str, tuple[int, asyncio.TimerHandle]] = {}
-        self._kick = asyncio.Event()
+        self._began_to_fail = asyncio.Event()
+        self._was_failing = False
         self._lock = asyncio.Lock()
         self._busy_since: float | None = None
         self.last_added = 0.0  # monotonic time at which a peer was added that may be waited for
@@ -186,9 +187,9 @@ class Reconciler:
         while True:
             delay = min(retry, self._recheck_seconds) if self._failing() else self._recheck_seconds
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._kick.wait(), delay)
-                retry = 1.0
-            self._kick.clear()
+                await asyncio.wait_for(self._began_to_fail.wait(), delay)
+                self._began_to_fail.clear()
+                continue
             await self.recheck()
             retry = retry * 2 if self._failing() else 1.0
             if time.monotonic() - backed_up > _BACKUP_SECONDS:
@@ -378,7 +379,7 @@ class Reconciler:
                     self._faults[name][Kind.WIREGUARD_PEER, peer.key] = failed[key]
                 else:
                     self._totals[name] += peer.digest()
-        self._update_gauges()
+        self._settle()
 
     async def _apply(self, change: Change, *, reason: str, scope: str = "") -> None:
         """Do a small change on a host that is as desired otherwise, and answer for every scope it touched."""
@@ -400,8 +401,6 @@ class Reconciler:
         touched = {name for name, _ in (*change.withdrawn.values(), *change.admitted.values())}
         for name in touched | ({scope} if scope else set()):
             self._answer(name)
-        if failed:
-            self._kick.set()
 
     def _account(self, change: Change, failed: dict[bytes, str]) -> None:
         for key, (name, old) in change.withdrawn.items():
@@ -415,7 +414,7 @@ class Reconciler:
             else:
                 self._faults[name].pop((Kind.WIREGUARD_PEER, new.key), None)
                 self._totals[name] += new.digest()
-        self._update_gauges()
+        self._settle()
 
     async def _recheck(self) -> None:
         spec = self._desired.interface
@@ -548,9 +547,12 @@ class Reconciler:
             return False
         return True
 
-    def _update_gauges(self) -> None:
+    def _settle(self) -> None:
         self._counters.failures = sum(len(self._failures(name)) for name in self._desired.scopes)
         self._counters.peers = 0 if self._down else len(self.peers)
+        if self._failing() and not self._was_failing:
+            self._began_to_fail.set()
+        self._was_failing = self._failing()
 
     @staticmethod
     def _log_actions(actions: Sequence[Action], reason: str = "") -> None:
