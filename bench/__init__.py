@@ -1,0 +1,1 @@
+"""Measures the product against named programs, both sides in one run."""
