@@ -17,6 +17,7 @@ from controller.channel.metrics import ChannelMetrics
 from controller.channel.pushes import Push, Pushes
 from controller.channel.session import Session, Wanted
 from controller.desired import service as desired
+from controller.desired.service import Changes
 from controller.fleet.directory import Directory
 from controller.fleet.errors import NodeDisabled, NodeLocked
 from controller.fleet.identities import Admitted, Identities
@@ -88,13 +89,13 @@ class Hub:
     def online(self) -> frozenset[str]:
         return frozenset(self._live)
 
-    def poke(self, scopes: Iterable[str]) -> None:
-        """The scopes changed. Only a hint: a lost one is made up for by the sweep."""
+    def poke(self, scopes: Iterable[str], told: Sequence[Changes] = ()) -> None:
+        """The scopes changed, and what is known of how. Only a hint: a lost one is made up for by the sweep."""
         moment = time.monotonic()
         for scope in scopes:
             if (listeners := self._listeners.get(scope)) is None:
                 continue
-            self._pushes.changed(scope)
+            self._pushes.changed(scope, [change for change in told if change.scope == scope])
             for connection in listeners.values():
                 connection.session.poke(scope, moment)
                 connection.wake()
@@ -170,7 +171,7 @@ class Hub:
 
     def _committed(self, committed: Committed) -> None:
         if committed.scopes is not None:
-            self.poke(committed.scopes)
+            self.poke(committed.scopes, [note for note in committed.notes if isinstance(note, Changes)])
         elif Topic.DESIRED in committed.topics:
             self._sweep_now.set()
         if Topic.NODES in committed.topics:

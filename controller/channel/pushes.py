@@ -1,9 +1,11 @@
-"""What a scope's nodes are sent: read in one query, encoded once for all nodes at the same revision."""
+"""What a scope's nodes are sent: as its commit told it or read in one query, encoded once for all who lack the same."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -11,7 +13,7 @@ from controller.channel.session import Wanted
 from controller.desired import service as desired
 from controller.desired.service import Changes, State
 from controller.store.database import Database
-from shared.protocol import MAX_FRAME_BYTES, SNAPSHOT_CHUNK, Delta, Snapshot, encode
+from shared.protocol import MAX_FRAME_BYTES, SNAPSHOT_CHUNK, Delta, Resource, ResourceName, Snapshot, encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +25,9 @@ class Push:
 
 @dataclass(slots=True)
 class _Scope:
-    """One scope's encoded answers, valid until the next poke."""
+    """What is known of one scope, valid until the next poke."""
 
+    latest: Changes | None = None  # as its transaction told it
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     generation: int = 0
     ready: dict[tuple[int | None, bool], Push] = field(default_factory=dict)
@@ -36,10 +39,13 @@ class Pushes:
         self._epoch = epoch
         self._scopes: dict[str, _Scope] = {}
 
-    def changed(self, scope: str) -> None:
-        if (state := self._scopes.get(scope)) is not None:
-            state.generation += 1
-            state.ready.clear()
+    def changed(self, scope: str, told: Sequence[Changes] = ()) -> None:
+        """The scope changed; `told` is what one transaction said of it, in order."""
+        state = self._scopes.setdefault(scope, _Scope())
+        state.generation += 1
+        state.ready.clear()
+        small = sum(len(change.upserts) + len(change.removals) for change in told) <= SNAPSHOT_CHUNK
+        state.latest = merge(told) if told and small else None
 
     def forget(self, scope: str) -> None:
         """Nobody listens to the scope any more."""
@@ -47,10 +53,18 @@ class Pushes:
 
     async def get(self, wanted: Wanted, shared: bool) -> Push:
         """The answer; with `shared` it is kept for the other nodes of the scope. Raises StoreUnavailable."""
-        if not shared:
-            return await self._read(wanted)
         state = self._scopes.setdefault(wanted.scope, _Scope())
         key = (wanted.base, wanted.confirmed)
+        if (ready := state.ready.get(key)) is not None:
+            return ready
+        # The common case: this very change is what the node lacks, and nothing has to be read.
+        if state.latest is not None and state.latest.base == wanted.base:
+            push = self._encoded(state.latest)
+            if push is not None:
+                state.ready[key] = push
+                return push
+        if not shared:
+            return await self._read(wanted)
         async with state.turn:
             if (ready := state.ready.get(key)) is not None:
                 return ready
@@ -68,14 +82,34 @@ class Pushes:
         if wanted.base is None:
             return None
         changes = await desired.changes(connection, wanted.scope, wanted.base)
-        if changes is None:
-            return None
+        return self._encoded(changes) if changes is not None else None
+
+    def _encoded(self, changes: Changes) -> Push | None:
+        """None where one frame cannot hold it."""
         frame = encode_delta(self._epoch, changes)
         return Push(changes.revision, changes.digest, (frame,)) if len(frame) <= MAX_FRAME_BYTES else None
 
     async def _snapshot(self, connection: AsyncConnection, wanted: Wanted) -> Push:
         state = await desired.state(connection, wanted.scope)
         return Push(state.revision, state.digest, encode_snapshot(self._epoch, state, wanted.confirmed))
+
+
+def merge(changes: Sequence[Changes]) -> Changes | None:
+    """Consecutive changes as one; None where they are not consecutive."""
+    if any(later.base != earlier.revision for earlier, later in pairwise(changes)):
+        return None
+    net: dict[tuple[str, str], Resource | ResourceName] = {}
+    for change in changes:
+        net |= {(removal.kind, removal.key): removal for removal in change.removals}
+        net |= {(upsert.kind, upsert.key): upsert for upsert in change.upserts}
+    return Changes(
+        changes[0].scope,
+        changes[0].base,
+        changes[-1].revision,
+        changes[-1].digest,
+        [item for item in net.values() if isinstance(item, Resource)],
+        [item for item in net.values() if isinstance(item, ResourceName)],
+    )
 
 
 def encode_delta(epoch: str, changes: Changes) -> bytes:

@@ -60,7 +60,8 @@ async def put(tx: Transaction, scope: str, payloads: Sequence[Payload]) -> int:
         changed.append((payload, encoded))
     if not changed:
         return await _revision(tx.session, scope)
-    revision = await _advance(tx, scope, total)
+    upserts = [Resource(desired.kind_of(payload), payload.key, encoded) for payload, encoded in changed]
+    revision = await _advance(tx, scope, total, upserts, [])
     for payload, encoded in changed:
         kind = desired.kind_of(payload)
         row = existing.get((kind, payload.key))
@@ -78,7 +79,7 @@ async def remove(tx: Transaction, scope: str, kind: Kind, keys: Sequence[str]) -
     if not rows:
         return await _revision(tx.session, scope)
     total = sum(desired.decode(row.kind, row.key, row.payload).digest() for row in rows)
-    revision = await _advance(tx, scope, -total)
+    revision = await _advance(tx, scope, -total, [], [ResourceName(row.kind, row.key) for row in rows])
     for row in rows:
         row.revision, row.payload, row.deleted = revision, b"", True
     await tx.session.flush()
@@ -93,30 +94,29 @@ async def revisions(connection: AsyncConnection, scopes: Sequence[str]) -> dict[
 
 async def changes(connection: AsyncConnection, scope: str, base: int) -> Changes | None:
     """What changed after `base`; None where that is unknown (tombstones purged, or a base from another history)."""
-    head = (await connection.execute(_HEAD, {"scope": scope})).one_or_none()
-    if head is None:
+    rows = (await connection.execute(_SINCE, {"scope": scope, "base": base})).all()
+    if not rows:
         return Changes(scope, 0, 0, desired.EMPTY_DIGEST, [], []) if base == 0 else None
+    head = rows[0]
     if base > head.revision or base < head.floor:
         return None
-    rows = (await connection.execute(_SINCE, {"scope": scope, "base": base})).all()
     return Changes(
         scope,
         base,
         head.revision,
         head.digest,
-        [Resource(row.kind, row.key, row.payload) for row in rows if not row.deleted],
+        [Resource(row.kind, row.key, row.payload) for row in rows if row.deleted is False],
         [ResourceName(row.kind, row.key) for row in rows if row.deleted],
     )
 
 
 async def state(connection: AsyncConnection, scope: str) -> State:
-    """The whole scope, read in one transaction."""
-    head = (await connection.execute(_HEAD, {"scope": scope})).one_or_none()
-    if head is None:
-        return State(scope, 0, desired.EMPTY_DIGEST, [])
+    """The whole scope."""
     rows = (await connection.execute(_SINCE, {"scope": scope, "base": 0})).all()
-    resources = [Resource(row.kind, row.key, row.payload) for row in rows if not row.deleted]
-    return State(scope, head.revision, head.digest, resources)
+    if not rows:
+        return State(scope, 0, desired.EMPTY_DIGEST, [])
+    resources = [Resource(row.kind, row.key, row.payload) for row in rows if row.deleted is False]
+    return State(scope, rows[0].revision, rows[0].digest, resources)
 
 
 async def purge(tx: Transaction, scope: str, applied: int) -> int:
@@ -132,10 +132,20 @@ async def purge(tx: Transaction, scope: str, applied: int) -> int:
     return count
 
 
-_HEAD = sa.select(ScopeRow.revision, ScopeRow.floor, ScopeRow.digest).where(ScopeRow.scope == sa.bindparam("scope"))
+# The scope's head and its changes in one statement, so that they belong together on every engine; a scope without
+# changes is one row whose `deleted` is NULL.
 _SINCE = (
-    sa.select(DesiredRow.kind, DesiredRow.key, DesiredRow.payload, DesiredRow.deleted)
-    .where(DesiredRow.scope == sa.bindparam("scope"), DesiredRow.revision > sa.bindparam("base"))
+    sa.select(
+        ScopeRow.revision,
+        ScopeRow.floor,
+        ScopeRow.digest,
+        DesiredRow.kind,
+        DesiredRow.key,
+        DesiredRow.payload,
+        DesiredRow.deleted,
+    )
+    .outerjoin(DesiredRow, (DesiredRow.scope == ScopeRow.scope) & (DesiredRow.revision > sa.bindparam("base")))
+    .where(ScopeRow.scope == sa.bindparam("scope"))
     .order_by(DesiredRow.revision)
 )
 
@@ -151,7 +161,9 @@ async def _rows(
     return {name: found[name] for name in names if name in found}
 
 
-async def _advance(tx: Transaction, scope: str, digest_change: int) -> int:
+async def _advance(
+    tx: Transaction, scope: str, digest_change: int, upserts: list[Resource], removals: list[ResourceName]
+) -> int:
     """Count one change of the scope and move its digest; the row lock orders concurrent changes."""
     row = await tx.session.get(ScopeRow, scope, with_for_update=True)
     if row is None:
@@ -161,6 +173,7 @@ async def _advance(tx: Transaction, scope: str, digest_change: int) -> int:
     row.digest = desired.digest_bytes(int.from_bytes(row.digest) + digest_change)
     await tx.session.flush()
     tx.poke(scope)
+    tx.note(Changes(scope, row.revision - 1, row.revision, row.digest, upserts, removals))
     return row.revision
 
 

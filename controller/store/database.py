@@ -39,10 +39,14 @@ class StoreUnavailable(DomainError):
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a transaction changed. `scopes` are of desired state; None = unknown (another process did it)."""
+    """What a transaction changed. `scopes` are of desired state; None = unknown (another process did it).
+
+    `notes` are what rooms said of the change, in order, so that a listener that knows them need not read it again.
+    """
 
     topics: frozenset[Topic]
     scopes: frozenset[str] | None
+    notes: tuple[object, ...] = ()
 
 
 Listener = Callable[[Committed], None]
@@ -55,6 +59,7 @@ class Transaction:
     session: AsyncSession
     topics: set[Topic] = field(default_factory=set)
     scopes: set[str] = field(default_factory=set)
+    notes: list[object] = field(default_factory=list)
 
     def touch(self, topic: Topic) -> None:
         self.topics.add(topic)
@@ -63,6 +68,14 @@ class Transaction:
         """The desired state of the scope changed."""
         self.topics.add(Topic.DESIRED)
         self.scopes.add(scope)
+
+    def note(self, change: object) -> None:
+        """Say what changed, as a hint: inside a savepoint, which may be undone, nothing is said."""
+        if not self.session.in_nested_transaction():
+            self.notes.append(change)
+
+    def committed(self) -> Committed:
+        return Committed(frozenset(self.topics), frozenset(self.scopes), tuple(self.notes))
 
 
 class Database:
@@ -94,10 +107,10 @@ class Database:
                     if transaction.topics:
                         await _bump(session, transaction.topics)
                     await session.commit()
+                    if transaction.topics:
+                        self.tell(transaction.committed())
             except DBAPIError as error:
                 raise translate(error) from error
-        if transaction.topics:
-            self.tell(Committed(frozenset(transaction.topics), frozenset(transaction.scopes)))
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
