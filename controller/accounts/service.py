@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -48,11 +49,24 @@ class Client:
     user_agent: str = ""
 
 
+EndService = Callable[[Transaction, str, str], Awaitable[object]]
+
+
 class Accounts:
-    def __init__(self, database: Database, passwords: Passwords, *, session_life: timedelta) -> None:
+    """`end_services` end, in the same transaction, what a deactivated account still uses: (tx, user id, reason)."""
+
+    def __init__(
+        self,
+        database: Database,
+        passwords: Passwords,
+        *,
+        session_life: timedelta,
+        end_services: Sequence[EndService] = (),
+    ) -> None:
         self._database = database
         self._passwords = passwords
         self._session_life = session_life
+        self._end_services = end_services
         self._throttle = Throttle()
         self._sessions = Sessions(database)
 
@@ -198,11 +212,13 @@ class Accounts:
         return _user_from_row(row)
 
     async def deactivate(self, user_id: str) -> None:
-        """Refuse the account every login, and end those that it has."""
+        """Refuse the account every login, and end its sessions and services."""
         async with self._database.transaction() as tx:
             row = await _row(tx.session, user_id, lock=True)
             row.active, row.updated_at = False, now()
             await _end_sessions(tx, user_id)
+            for end_service in self._end_services:
+                await end_service(tx, user_id, "deactivated")
             tx.touch(Topic.ACCOUNTS)
         log.info("accounts.deactivated", user_id=user_id)
 
@@ -233,6 +249,13 @@ class Accounts:
                 .values(password_hash=hashed)
             )
         log.info("accounts.rehashed", user_id=row.id)
+
+
+async def hold_account(tx: Transaction, user_id: str) -> None:
+    """Lock an active account until the commit, so that it cannot be deactivated meanwhile; raise InvalidToken."""
+    active = await tx.session.scalar(sa.select(UserRow.active).where(UserRow.id == user_id).with_for_update())
+    if not active:
+        raise errors.InvalidToken
 
 
 async def _row(session: AsyncSession, user_id: str, *, lock: bool = False) -> UserRow:

@@ -1,0 +1,28 @@
+"""What every contract is built with."""
+
+from controller.contracts.kit.accepts import best
+from controller.contracts.kit.contract import JSON, Access, Call, Contract, Failure, Reply, Route
+from controller.contracts.kit.failures import not_acceptable
+from controller.contracts.kit.models import Id, Model, Secret, Text
+from controller.contracts.kit.server import HttpSettings, mount
+from controller.contracts.kit.times import Moment, rfc3339
+
+__all__ = [
+    "JSON",
+    "Access",
+    "Call",
+    "Contract",
+    "Failure",
+    "HttpSettings",
+    "Id",
+    "Model",
+    "Moment",
+    "Reply",
+    "Route",
+    "Secret",
+    "Text",
+    "best",
+    "mount",
+    "not_acceptable",
+    "rfc3339",
+]

@@ -1,0 +1,378 @@
+"""The one HTTP handler of the public API: everything between the socket and a contract's handler, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+import structlog
+from aiohttp import web
+from multidict import CIMultiDict
+from prometheus_client import CollectorRegistry, Histogram
+
+from controller.accounts.errors import InvalidToken
+from controller.accounts.principal import Principal, Role
+from controller.accounts.service import Client
+from controller.config import RateLimit
+from controller.contracts.kit import failures
+from controller.contracts.kit.clients import client_address
+from controller.contracts.kit.contract import JSON, Access, Call, Contract, Reply, Route
+from controller.contracts.kit.docs import Page, pages
+from controller.contracts.kit.limits import RateLimits
+from controller.contracts.kit.models import Model, fields_of, parse_body, parse_query
+from controller.contracts.kit.resolve import Candidate, Resolver, settle
+from controller.errors import InvalidInput
+from controller.ratelimit import Budget
+from shared.addresses import Network
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+_CORS_SECONDS = "600"
+
+log = structlog.get_logger()
+
+
+class Authenticator(Protocol):
+    def known(self, token: str) -> Principal | None: ...
+
+    async def authenticate(self, token: str) -> Principal: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSettings:
+    hosts: Mapping[str, str] = field(default_factory=dict)  # host name -> contract
+    defaults: Mapping[str, str] = field(default_factory=lambda: {"/api": "skynet", "/api/v1": "prime"})
+    rate_limits: Mapping[str, RateLimit] = field(default_factory=dict)  # by contract
+    trusted_proxies: tuple[Network, ...] = ()
+    cors_origins: frozenset[str] = frozenset()
+    max_body: int = 1024 * 1024  # bytes
+    body_seconds: float = 10.0  # that a body may take to arrive
+
+
+def mount(
+    app: web.Application,
+    contracts: Sequence[Contract],
+    authenticator: Authenticator,
+    settings: HttpSettings,
+    registry: CollectorRegistry,
+) -> None:
+    """Serve the contracts and their documentation on every path of `app` that has no handler of its own."""
+    server = _Server(contracts, authenticator, settings, registry)
+    app.router.add_route("*", r"/{path:[\s\S]*}", server.handle, expect_handler=_expect)
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """What is known of a request so far; its error, whenever it comes, is told by `chosen`."""
+
+    request: web.Request
+    request_id: str
+    address: str
+    chosen: tuple[Candidate, ...] = ()
+    principal: Principal | None = None
+    raw: bytes | None = None
+    budget: Budget | None = None
+
+
+class _Server:
+    def __init__(
+        self,
+        contracts: Sequence[Contract],
+        authenticator: Authenticator,
+        settings: HttpSettings,
+        registry: CollectorRegistry,
+    ) -> None:
+        self._resolver = Resolver(contracts, settings.hosts, settings.defaults)
+        self._authenticator = authenticator
+        self._settings = settings
+        self._limits = RateLimits(settings.rate_limits, {item.name: item.rate_headers for item in contracts})
+        self._pages = pages(contracts)
+        self._process = secrets.token_hex(6)
+        self._numbers = itertools.count(1)
+        self._seconds = Histogram(
+            "skynetvpn_http_request_seconds",
+            "Time to answer a request of the public API",
+            ["contract", "route", "method", "status"],
+            registry=registry,
+        )
+        self._observers: dict[tuple[str, str, str, int], Any] = {}
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        started = time.perf_counter()
+        exchange = self._begin(request)
+        page = self._pages.get(request.rel_url.raw_path)
+        if page is not None:
+            response = self._show(page, exchange)
+        elif (preflight := self._preflight(request)) is not None:
+            response = preflight
+        else:
+            response = await self._answer(exchange)
+        self._finish(exchange, response, time.perf_counter() - started)
+        return response
+
+    def _begin(self, request: web.Request) -> _Exchange:
+        given = request.headers.get("X-Request-ID", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"{self._process}-{next(self._numbers):x}"
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        trusted = self._settings.trusted_proxies
+        forwarded = request.headers.getall("X-Forwarded-For", ()) if trusted else ()
+        return _Exchange(request, request_id, client_address(request.remote, forwarded, trusted))
+
+    async def _answer(self, exchange: _Exchange) -> web.Response:
+        try:
+            reply = await self._serve(exchange)
+        except Exception as error:  # the last border: whatever it is, the caller gets his contract's envelope
+            return self._refuse(exchange, error)
+        body = reply.body if isinstance(reply.body, bytes) else orjson.dumps(reply.body)
+        headers = CIMultiDict(reply.headers)
+        headers["Content-Type"] = reply.media
+        if reply.media == JSON or exchange.principal is not None:
+            headers["Cache-Control"] = "no-store"
+        return web.Response(body=body, status=reply.status or 200, headers=headers)
+
+    async def _serve(self, exchange: _Exchange) -> Reply:
+        request, settings = exchange.request, self._settings
+        headers = request.headers
+        candidates = self._resolver.choose(
+            request.method, request.rel_url.raw_path, headers.get("Host", ""), headers.get("Accept", "")
+        )
+        exchange.chosen = candidates[:1]
+        if (request.content_length or 0) > settings.max_body:
+            raise failures.body_too_large(settings.max_body)
+        if len(candidates) > 1:
+            exchange.chosen = await self._settle(exchange, candidates)
+        for candidate in exchange.chosen:
+            auth = candidate.route is not None and candidate.route.auth
+            exchange.budget = await self._limits.count(candidate.contract.name, exchange.address, auth=auth)
+            _check_path(candidate)
+        calls = await self._calls(exchange)
+        replies = [await self._run(route, call, calls[0][1].prepared) for route, call in calls]
+        return replies[0] if len(replies) == 1 else _union(replies)
+
+    async def _settle(self, exchange: _Exchange, candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        fields: frozenset[str] = frozenset()
+        token_contract = None
+        if any(candidate.route is not None and candidate.route.joint for candidate in candidates):
+            # Until the body says more, a refusal is told to all whose login this could be.
+            exchange.chosen = settle(candidates, None, {candidates[0].route.joint or ""} if candidates[0].route else ())
+            exchange.raw = await self._read(exchange)
+            fields = fields_of(exchange.raw)
+        elif "Authorization" in exchange.request.headers:
+            try:
+                exchange.principal = await self._authenticate(exchange.request)
+                token_contract = exchange.principal.contract
+            except InvalidToken:
+                pass  # told by the contract that the default chooses, once its route asks for a token
+        chosen = settle(candidates, token_contract, fields)
+        if len(chosen) == 1 or exchange.raw is None:
+            return chosen
+        exchange.chosen = chosen
+        fitting = [candidate for candidate in chosen if _fits(candidate, exchange.raw)]
+        return tuple(fitting) or chosen
+
+    async def _calls(self, exchange: _Exchange) -> list[tuple[Route, Call]]:
+        """Check access, body and query, and prepare what the routes have in common."""
+        calls = []
+        for candidate in exchange.chosen:
+            assert candidate.route is not None
+            route = candidate.route
+            await self._admit(exchange, route)
+            call = Call(
+                candidate.contract.name,
+                Client(exchange.address, _user_agent(exchange.request)),
+                candidate.params,
+                exchange.principal,
+                exchange.request.headers.get("Accept", ""),
+            )
+            if route.body is not None:
+                if exchange.raw is None:
+                    exchange.raw = await self._read(exchange)
+                call.body = parse_body(route.body, exchange.raw)
+            if route.query is not None:
+                call.query = parse_query(route.query, exchange.request.rel_url.raw_query_string)
+            calls.append((route, call))
+        first_route, first_call = calls[0]
+        if first_route.prepare is not None:
+            first_call.prepared = await first_route.prepare(first_call)
+        return calls
+
+    async def _run(self, route: Route, call: Call, prepared: object) -> Reply:
+        call.prepared = prepared
+        reply = await route.handler(call)
+        if reply.status is None and route.status != 200:
+            return Reply(reply.body, reply.media, reply.headers, route.status)
+        return reply
+
+    async def _admit(self, exchange: _Exchange, route: Route) -> None:
+        if route.access is Access.PUBLIC:
+            return
+        if exchange.principal is None:
+            exchange.principal = await self._authenticate(exchange.request)
+        if route.access is Access.ADMIN and exchange.principal.role is not Role.ADMIN:
+            raise failures.AdminsOnly
+
+    async def _authenticate(self, request: web.Request) -> Principal:
+        values = request.headers.getall("Authorization", ())
+        if len(values) != 1 or values[0][:7].lower() != "bearer ":
+            raise InvalidToken
+        token = values[0][7:].strip(" ")
+        return self._authenticator.known(token) or await self._authenticator.authenticate(token)
+
+    async def _read(self, exchange: _Exchange) -> bytes:
+        request, limit = exchange.request, self._settings.max_body
+        media = request.content_type
+        if request.body_exists and (
+            not (media == JSON or (media.startswith("application/") and media.endswith("+json")))
+            or request.headers.get("Content-Encoding", "identity").lower() != "identity"
+        ):
+            raise failures.not_json()
+        chunks, size = [], 0
+        try:
+            async with asyncio.timeout(self._settings.body_seconds):
+                async for chunk in request.content.iter_any():
+                    size += len(chunk)
+                    if size > limit:
+                        raise failures.body_too_large(limit)
+                    chunks.append(chunk)
+        except TimeoutError:
+            raise failures.body_too_slow(self._settings.body_seconds) from None
+        except (web.PayloadAccessError, ConnectionError, ValueError):
+            raise InvalidInput({"body": "did not arrive whole"}) from None
+        return b"".join(chunks)
+
+    def _refuse(self, exchange: _Exchange, error: Exception) -> web.Response:
+        failure, headers = failures.failure_from(error, exchange.request_id)
+        if failure.status == 500:
+            log.error("http.failed", contract=_contract_name(exchange), route=_route_name(exchange), exc_info=error)
+        contracts = [candidate.contract for candidate in exchange.chosen]
+        body: object = None
+        status = failure.status
+        for contract in reversed(contracts):
+            status = contract.statuses.get(failure.status, failure.status)
+            told = contract.envelope(
+                failure
+                if status == failure.status
+                else type(failure)(status, failure.code, failure.message, failure.details, failure.request_id)
+            )
+            body = merged(told, body) if body is not None else told
+        response = web.Response(
+            body=orjson.dumps(body),
+            status=status,
+            headers={"Content-Type": JSON, "Cache-Control": "no-store", **headers},
+        )
+        if status in (408, 413):
+            response.force_close()  # the rest of the body is not waited for
+        return response
+
+    def _show(self, page: Page, exchange: _Exchange) -> web.Response:
+        if exchange.request.method in ("GET", "HEAD"):
+            return web.Response(body=page.body, headers=page.headers)
+        return web.Response(status=405, headers={"Allow": "GET, HEAD"})
+
+    def _preflight(self, request: web.Request) -> web.Response | None:
+        if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
+            return None
+        if request.headers.get("Origin", "") not in self._settings.cors_origins:
+            return None
+        return web.Response(
+            status=204,
+            headers={
+                "Access-Control-Allow-Methods": ", ".join(METHODS),
+                "Access-Control-Allow-Headers": "Accept, Authorization, Content-Type, X-Request-ID",
+                "Access-Control-Max-Age": _CORS_SECONDS,
+            },
+        )
+
+    def _finish(self, exchange: _Exchange, response: web.Response, seconds: float) -> None:
+        request, headers = exchange.request, response.headers
+        headers["X-Request-ID"] = exchange.request_id
+        headers["X-Content-Type-Options"] = "nosniff"
+        headers["Server"] = "skynetvpn"
+        if self._settings.cors_origins:
+            headers["Vary"] = "Origin"
+            if (origin := request.headers.get("Origin", "")) in self._settings.cors_origins:
+                headers["Access-Control-Allow-Origin"] = origin
+                headers["Access-Control-Expose-Headers"] = "X-Request-ID, Retry-After"
+        if (budget := exchange.budget) is not None:
+            headers["X-RateLimit-Limit"] = str(budget.limit)
+            headers["X-RateLimit-Remaining"] = str(budget.remaining)
+            headers["X-RateLimit-Reset"] = str(round(budget.reset_at))
+        contract, route = _contract_name(exchange), _route_name(exchange)
+        method = request.method if request.method in METHODS else "other"
+        key = (contract, route, method, response.status)
+        observer = self._observers.get(key)
+        if observer is None:
+            observer = self._observers[key] = self._seconds.labels(contract, route, method, str(response.status))
+        observer.observe(seconds)
+        log.info(
+            "http.request",
+            contract=contract,
+            method=method,
+            path=_loggable(request.rel_url.raw_path),
+            route=route,
+            status=response.status,
+            ms=round(seconds * 1000, 3),
+            client=exchange.address,
+            user_id=exchange.principal.user_id if exchange.principal is not None else None,
+        )
+
+
+def merged(first: Any, second: Any) -> Any:
+    """The union of two bodies; where both say something of the same name, the first is kept."""
+    if not (isinstance(first, dict) and isinstance(second, dict)):
+        return first
+    return second | {key: merged(value, second[key]) if key in second else value for key, value in first.items()}
+
+
+def _union(replies: Sequence[Reply]) -> Reply:
+    body, headers = replies[0].body, dict(replies[0].headers)
+    for reply in replies[1:]:
+        body, headers = merged(body, reply.body), {**reply.headers, **headers}
+    return Reply(body, headers=headers, status=replies[0].status)
+
+
+def _check_path(candidate: Candidate) -> None:
+    if not candidate.served:
+        raise failures.not_acceptable(f"application/vnd.{candidate.contract.name}.v1+json")
+    if candidate.route is None:
+        raise failures.method_not_allowed(set(candidate.allowed)) if candidate.allowed else failures.no_such_path()
+
+
+def _fits(candidate: Candidate, raw: bytes) -> bool:
+    model: type[Model] | None = candidate.route.body if candidate.route is not None else None
+    try:
+        return model is None or parse_body(model, raw) is not None
+    except InvalidInput:
+        return False
+
+
+def _contract_name(exchange: _Exchange) -> str:
+    return exchange.chosen[0].contract.name if exchange.chosen else "none"
+
+
+def _route_name(exchange: _Exchange) -> str:
+    if not exchange.chosen or exchange.chosen[0].route is None:
+        return "none"
+    candidate = exchange.chosen[0]
+    assert candidate.route is not None
+    return candidate.contract.base + candidate.route.path
+
+
+def _user_agent(request: web.Request) -> str:
+    return _loggable(request.headers.get("User-Agent", ""))
+
+
+def _loggable(text: str) -> str:
+    return (text if text.isascii() else text.encode("ascii", "backslashreplace").decode())[:256]
+
+
+async def _expect(request: web.Request) -> None:
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -1,0 +1,123 @@
+"""Bodies of the contract `skynet`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from controller.contracts.kit import Id, Model, Moment, Secret, Text
+
+ServerState = Literal["online", "offline", "maintenance"]
+ConnectionState = Literal["connecting", "connected", "disconnected"]
+PlanName = Literal["free", "pro", "enterprise"]
+
+
+class Credentials(Model):
+    username: Annotated[Text, Field(description="A user name or an e-mail address")]
+    password: Secret
+
+
+class Token(Model):
+    token: str
+    expires_at: Moment
+
+
+class Message(Model):
+    message: str
+
+
+class ServerSummary(Model):
+    id: str
+    name: str
+    country: str
+    ip: str
+    status: ServerState
+
+
+class ServerDetails(ServerSummary):
+    load: Annotated[float, Field(ge=0, le=100)]
+
+
+class ConnectionRequest(Model):
+    server_id: Id
+    protocol: Literal["wireguard", "openvpn", "ssh", "l2tp"]
+    public_key: Annotated[
+        str | None,
+        StringConstraints(max_length=64),
+        Field(description="The client's own WireGuard public key, base64; without it the service makes the key pair"),
+    ] = None
+    device_id: Annotated[Text, StringConstraints(max_length=64)] | None = None
+
+
+class ConnectionStatus(Model):
+    connection_id: str
+    server_id: str
+    status: ConnectionState
+    created_at: Moment
+
+
+class ConnectionStarted(ConnectionStatus):
+    status: Literal["connecting"]
+
+
+class LiveConnection(ConnectionStatus):
+    protocol: str
+    addresses: list[str]
+    rx: Annotated[int, Field(description="Bytes from the client")]
+    tx: Annotated[int, Field(description="Bytes to the client")]
+    latest_handshake: Moment | None
+
+
+class Wait(Model):
+    wait: Annotated[
+        Literal["applied"] | None,
+        Field(description="`applied`: answer once the server has done it; the header X-Applied says whether it has"),
+    ] = None
+
+
+class ConfigChoice(Model):
+    format: Annotated[
+        Literal["conf", "json", "svg", "png"] | None, Field(description="Instead of the Accept header")
+    ] = None
+
+
+class ConfigFile(Model):
+    addresses: list[str]
+    dns: list[str]
+    endpoint: str
+    server_public_key: str
+    allowed_ips: list[str]
+    mtu: int
+    keepalive: int
+    preshared_key: str | None
+    private_key: Annotated[str | None, Field(description="null where the client made the key")]
+
+
+class Profile(Model):
+    id: str
+    username: str
+    email: str
+    plan: PlanName
+    created_at: Moment
+
+
+class ProfileChange(Model):
+    email: Annotated[Text | None, Field(description="It has to be verified again")] = None
+    password: Annotated[Secret | None, Field(description="Ends every other login")] = None
+    current_password: Annotated[Secret | None, Field(description="Needed once the login is older than 15 minutes")] = (
+        None
+    )
+
+
+class ProfileChanged(Model):
+    id: str
+    username: str
+    email: str
+    plan: PlanName
+    updated_at: Moment
+
+
+class Error(Model):
+    error: str
+    code: int

@@ -1,0 +1,175 @@
+"""The whole API on a real HTTP server with a real database; two nodes that are online, and people with accounts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from controller.accounts.passwords import Passwords
+from controller.accounts.principal import Plan, Role
+from controller.accounts.service import Accounts, hold_account
+from controller.config import Passwords as PasswordSettings
+from controller.config import RateLimit
+from controller.contracts import skynet
+from controller.contracts.kit import Contract, HttpSettings, mount
+from controller.fleet.directory import Directory
+from controller.fleet.metrics import FleetMetrics
+from controller.fleet.nodes import NodeStatus
+from controller.fleet.tables import NodeRow
+from controller.secretbox import SecretBox
+from controller.store.database import Database
+from controller.store.types import new_id, now
+from controller.tunnels.addresses import Pool
+from controller.tunnels.live import LiveStates
+from controller.tunnels.metrics import Metrics
+from controller.tunnels.service import Tunnels, TunnelSettings
+from shared.keys import PrivateKey, decode_key
+from shared.protocol import PeerStats, Report
+
+PASSWORD = "correct horse battery"
+UNLIMITED = RateLimit(requests=0, auth_requests=0)
+SETTINGS = HttpSettings(rate_limits={"skynet": UNLIMITED, "tiny": UNLIMITED}, body_seconds=1.0)
+
+
+@dataclass
+class World:
+    """The controller's services as they are composed, without the channel to real nodes."""
+
+    database: Database
+    accounts: Accounts
+    directory: Directory
+    live: LiveStates
+    tunnels: Tunnels
+    nodes: dict[str, str] = field(default_factory=dict)  # name -> id
+    applies: bool = True  # whether a node acknowledges what it is sent
+    reports: int = 0
+
+    @property
+    def skynet(self) -> Contract:
+        return skynet.contract(self.accounts, self.directory, self.tunnels)
+
+    async def add_node(self, name: str, plan: Plan = Plan.FREE, status: NodeStatus = NodeStatus.ENABLED) -> str:
+        row = NodeRow(
+            id=new_id(),
+            name=name,
+            country="DE",
+            city="Frankfurt",
+            endpoint="198.51.100.10",
+            plan=plan,
+            status=status,
+            created_at=now(),
+            enrolled_at=now(),
+            wireguard_public_key=PrivateKey.generate().public().raw,
+            wireguard_port=51820,
+            former_boot_ids="",
+        )
+        async with self.database.transaction() as tx:
+            tx.session.add(row)
+        await self.directory.refresh()
+        self.nodes[name] = row.id
+        self.directory.set_online(row.id, True)
+        return row.id
+
+    def handshake(self, node: str, public_key: str, rx: int = 0, tx: int = 0) -> None:
+        """The node reports that the peer has just spoken."""
+        self.reports += 1
+        stats = PeerStats(decode_key(public_key), rx, tx, int(now().timestamp()))
+        self.live.record(self.nodes[node], Report(sequence=self.reports, boot_id="b", generation="g", peers=[stats]))
+
+
+@asynccontextmanager
+async def build_world(database: Database) -> AsyncIterator[World]:
+    passwords = Passwords(PasswordSettings(memory_kib=64, time_cost=1, parallelism=1, workers=1, queue=8))
+    directory = Directory(database, FleetMetrics(CollectorRegistry()))
+    live = LiveStates(database, Metrics(CollectorRegistry()), max_bytes_per_second=1_000_000_000)
+
+    async def wait_applied(_node: str, _scope: str, _revision: int, _timeout: float) -> bool:
+        return made.applies
+
+    tunnels = Tunnels(
+        database,
+        directory,
+        SecretBox({"k1": os.urandom(32)}, "k1"),
+        live,
+        TunnelSettings(pool=Pool.parse("10.66.0.0/24", "fd66::/112"), dns=("9.9.9.9", "2620:fe::9")),
+        max_connections=lambda plan: {Plan.FREE: 1, Plan.PRO: 3, Plan.ENTERPRISE: 100}[plan],
+        hold_account=hold_account,
+        wait_applied=wait_applied,
+    )
+    accounts = Accounts(database, passwords, session_life=timedelta(hours=24), end_services=[tunnels.end_all])
+    made = World(database, accounts, directory, live, tunnels)
+    await made.add_node("fra-1")
+    await made.add_node("nyc-1", plan=Plan.ENTERPRISE)
+    for name, plan in (("alice", Plan.PRO), ("bob", Plan.FREE)):
+        await accounts.create_user(name, f"{name}@example.com", PASSWORD, Role.USER, plan)
+    yield made
+    passwords.close()
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Any
+    body: Any
+    raw: bytes
+
+
+@dataclass(frozen=True)
+class Api:
+    """A client of the running API, perhaps with a token, perhaps at a contract's prefix."""
+
+    session: aiohttp.ClientSession
+    url: str
+    registry: CollectorRegistry
+    prefix: str = ""
+    token: str | None = None
+
+    async def call(self, method: str, path: str, json: Any = None, **options: Any) -> Answer:
+        headers = dict(options.pop("headers", {}))
+        if self.token is not None:
+            headers.setdefault("Authorization", f"Bearer {self.token}")
+        if json is not None:
+            options["json"] = json
+        async with self.session.request(method, self.url + self.prefix + path, headers=headers, **options) as response:
+            raw = await response.read()
+            body = await response.json() if response.content_type == "application/json" and raw else None
+            return Answer(response.status, response.headers, body, raw)
+
+    async def get(self, path: str, **options: Any) -> Answer:
+        return await self.call("GET", path, **options)
+
+    async def post(self, path: str, json: Any = None, **options: Any) -> Answer:
+        return await self.call("POST", path, json, **options)
+
+    def at(self, prefix: str) -> Api:
+        return replace(self, prefix=prefix)
+
+    def holding(self, token: str | None) -> Api:
+        return replace(self, token=token)
+
+    async def login(self, name: str, password: str = PASSWORD) -> Api:
+        answer = await self.post("/api/auth/login", {"username": name, "password": password})
+        assert answer.status == 200, answer
+        return self.holding(answer.body["token"])
+
+
+@asynccontextmanager
+async def serve(world: World, *contracts: Contract, settings: HttpSettings = SETTINGS) -> AsyncIterator[Api]:
+    app, registry = web.Application(), CollectorRegistry()
+    mount(app, contracts or [world.skynet], world.accounts, settings, registry)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    async with aiohttp.ClientSession() as session:
+        yield Api(session, f"http://{host}:{port}", registry)
+    await runner.cleanup()
