@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 
 from agent import config, files
-from agent.errors import AgentError
+from agent.errors import AgentError, in_words
 from agent.identity import CONFIG, Identity, client_context, signing_request
 from shared import __version__, jointoken
 from shared.protocol import CA_PATH, CONTROLLER_NAME, ENROL_PATH, EnrolAnswer, EnrolRefusal, EnrolRequest
@@ -61,13 +61,12 @@ async def _exchange(token: jointoken.JoinToken, request: EnrolRequest) -> EnrolA
                 return _answer(response.status, await response.content.read(_MAX_ANSWER))
         except (aiohttp.ClientSSLError, ssl.SSLError) as error:
             raise AgentError(
-                f"the controller at {token.address} did not prove that it belongs to the CA in the token: {error}; "
+                f"the controller at {token.address} did not prove that it belongs to the CA in the token: {in_words(error)}; "
                 "check the clock of this host"
             ) from error
         except (aiohttp.ClientError, TimeoutError) as error:
-            words = str(error) or "no answer in time"
             raise AgentError(
-                f"the controller at {token.address} cannot be reached: {words}; "
+                f"the controller at {token.address} cannot be reached: {in_words(error)}; "
                 "check the address, and that this host may connect to it"
             ) from error
 

@@ -12,7 +12,7 @@ import aiohttp
 import structlog
 
 from agent.counters import Counters
-from agent.errors import AgentError
+from agent.errors import AgentError, in_words
 from agent.identity import Identity, Pair
 from shared.protocol import (
     CHANNEL_PATH,
@@ -210,7 +210,7 @@ class Link:
         )
         if pair is self._identity.next and not unreachable:
             self._refused_next = True
-            log.warning("renewed_certificate_refused", error=str(error))
+            log.warning("renewed_certificate_refused", error=in_words(error))
         trouble = self._explain(error)
         if trouble != self._trouble:
             self._trouble = trouble
@@ -233,7 +233,7 @@ class Link:
             return "the node's certificate is not valid yet: check the clock of this host"
         if isinstance(error, aiohttp.WSServerHandshakeError):
             return f"the controller answered {error.status}"
-        return str(error) or type(error).__name__
+        return in_words(error)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
