@@ -9,6 +9,7 @@ from pathlib import Path
 from agent.client import account, connect, show, up
 from agent.client.profile import Profile
 from agent.drivers.wireguard import Backend
+from shared import __version__
 
 Command = Callable[[argparse.Namespace, Profile], Awaitable[int]]
 
@@ -30,22 +31,14 @@ an administrator and prints the password once; later ones with the same --dir go
 
 
 def parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "-o",
-        "--output",
-        choices=("text", "json"),
-        default=argparse.SUPPRESS,
-        help="json: one JSON value on stdout, for scripts; progress and errors are on stderr either way",
-    )
     root = argparse.ArgumentParser(
         prog="skynetvpn",
         description="Use a SkynetVPN from this machine.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[common],
     )
-    root.set_defaults(output="text")
+    root.add_argument("--version", action="version", version=__version__)
+    _output(root, default="text")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, help: str, description: str | None = None) -> argparse.ArgumentParser:
@@ -54,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
             help=help,
             description=description or f"{help[0].upper()}{help[1:]}.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=[common],
         )
+        _output(command, default=argparse.SUPPRESS)  # what was said before the command's name holds
         command.set_defaults(run=run)
         return command
 
@@ -72,6 +65,16 @@ def parser() -> argparse.ArgumentParser:
     )
     _up(add("up", up.up, "run a controller and one node on this machine", _UP))
     return root
+
+
+def _output(command: argparse.ArgumentParser, *, default: str) -> None:
+    command.add_argument(
+        "-o",
+        "--output",
+        choices=("text", "json"),
+        default=default,
+        help="json: one JSON value on stdout, for scripts; progress and errors are on stderr either way",
+    )
 
 
 def _login(command: argparse.ArgumentParser) -> None:

@@ -92,7 +92,7 @@ async def up(
     routes: bool,
     save: Callable[[LocalTunnel], None],
 ) -> LocalTunnel:
-    """Make the interface; each decision is saved before it is acted on. Returns the tunnel with all of them."""
+    """Make the interface, noted down (`save`) before it is there; returns the tunnel with what was decided."""
     server = await _server(config, local.interface)
     local = msgspec.structs.replace(local, addresses=config.addresses, endpoint=_join(server.endpoint))
 

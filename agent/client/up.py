@@ -19,15 +19,15 @@ from typing import Any, TypeVar
 import aiohttp
 import yaml
 
-from agent import config, enrolment, files
+from agent import config, files
 from agent.client.api import Api
 from agent.client.errors import Failure, Misuse
 from agent.client.output import Progress, fields, json_text
 from agent.client.profile import Profile
 from agent.drivers import commands
 from agent.errors import AgentError
-from agent.identity import CONFIG
 
+_LISTEN, _NODE_LISTEN = "127.0.0.1:8080", "127.0.0.1:8443"
 _ADMIN = "admin"
 _NODE = "local"
 _START_SECONDS = 30.0
@@ -104,6 +104,7 @@ class Installation:
         self._arguments = arguments
         self._settings = directory / "controller" / "controller.yaml"
         self._agent = directory / "agent"
+        self._agent_settings = self._agent / "agent.yaml"
         self._admin = directory / "admin"
         self._progress = Progress()
 
@@ -128,7 +129,7 @@ class Installation:
             password = await self._make_admin()
             await self._enrol(controller)
             self._progress.show("starting the node's agent")
-            argv = [_script("skynetvpn-agent"), "run", "--config", str(self._agent / CONFIG)]
+            argv = [_script("skynetvpn-agent"), "run", "--config", str(self._agent_settings)]
             agent = await Child.start("agent", argv, self._directory / "agent.log")
             stack.push_async_callback(agent.stop)
             await _until(self._online, "the node does not come online", controller, agent)
@@ -138,10 +139,9 @@ class Installation:
 
     async def _initialise(self) -> None:
         self._progress.show("making the controller's directory")
-        argv = ["init", "--dir", str(self._settings.parent)]
-        for option, value in (("--listen", self._arguments.listen), ("--node-listen", self._arguments.node_listen)):
-            argv += [option, value] if value else []
-        await self._controller(*argv)
+        listen, node_listen = self._arguments.listen or _LISTEN, self._arguments.node_listen or _NODE_LISTEN
+        directory = str(self._settings.parent)
+        await self._controller("init", "--dir", directory, "--listen", listen, "--node-listen", node_listen)
 
     def _url(self) -> str:
         """Where the API is from here; the directory's settings hold after the first start."""
@@ -166,13 +166,14 @@ class Installation:
         return password
 
     async def _enrol(self, controller: Child) -> None:
-        if (self._agent / CONFIG).exists():
+        if (self._agent_settings).exists():
             return
         self._progress.show("enrolling this machine as a node")
         endpoint = self._arguments.endpoint or _own_address()
         options = ["--country", self._arguments.country, "--city", self._arguments.city, "--endpoint", endpoint]
         token = await self._controller("node", "token", "--name", _NODE, *options)
-        await _unless_ended(enrolment.enrol(token.strip(), self._agent), controller)
+        argv = [_script("skynetvpn-agent"), "enroll", "--token", "-", "--dir", str(self._agent)]
+        await _unless_ended(commands.run(argv, stdin=token, timeout=60), controller)
 
     async def _controller(self, *argv: str, stdin: str | None = None) -> str:
         settings = [] if argv[0] == "init" else ["--config", str(self._settings)]
@@ -180,7 +181,7 @@ class Installation:
 
     async def _online(self) -> bool:
         """Whether the agent's link is up, by its own metrics; where they are turned off nothing can be asked."""
-        address = config.load(self._agent / CONFIG).metrics
+        address = config.load(self._agent_settings).metrics
         if not address:
             return True
         try:

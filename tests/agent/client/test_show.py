@@ -1,0 +1,118 @@
+"""servers, status and config."""
+
+from __future__ import annotations
+
+import stat
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from agent.client import output
+from agent.client.profile import LocalTunnel, Profile, load_or_make_key
+
+from .conftest import Cli, FakeController, server
+
+LISTED = {
+    "connection_id": "c1",
+    "server_id": "s1",
+    "status": "connected",
+    "created_at": "2026-11-21T12:00:00Z",
+    "protocol": "wireguard",
+    "addresses": ["10.66.0.2/32"],
+    "rx": 2048,
+    "tx": 5,
+    "latest_handshake": "2026-11-21T12:00:01Z",
+    "a_field_of_later": True,
+}
+
+
+async def test_servers_are_a_table_and_the_documented_json(logged_in: Cli, controller: FakeController) -> None:
+    controller.servers = [server("s1", name="fra1"), server("s2", name="ams1", status="offline")]
+
+    text = await logged_in("servers")
+    data = await logged_in("servers", "-o", "json")
+
+    assert [line.split()[0] for line in text.out.splitlines()] == ["NAME", "fra1", "ams1"]
+    assert data.json[0] == {"id": "s1", "name": "fra1", "country": "DE", "ip": "192.0.2.1", "status": "online"}
+
+
+async def test_what_a_server_calls_itself_does_not_drive_the_terminal(
+    logged_in: Cli, controller: FakeController
+) -> None:
+    controller.servers = [server("s1", name="fra\x1b[2J\n1")]
+
+    outcome = await logged_in("servers")
+
+    assert "\x1b" not in outcome.out
+    assert len(outcome.out.splitlines()) == 2
+
+
+async def test_status_joins_what_is_listed_with_the_servers_names(logged_in: Cli, controller: FakeController) -> None:
+    controller.servers = [server("s1", name="fra1")]
+    controller.connections = [dict(LISTED)]
+
+    text = await logged_in("status")
+    data = await logged_in("-o", "json", "status")
+
+    assert "fra1" in text.out and "2.0 KiB" in text.out
+    assert data.json[0]["server"] == "fra1" and data.json[0]["rx"] == 2048 and data.json[0]["interface"] is None
+
+
+async def test_status_shows_a_tunnel_that_the_controller_has_ended(logged_in: Cli, home: Path) -> None:
+    Profile.of_user().save_tunnel(LocalTunnel("c9", "s1", "fra1", "skyvpn7", "userspace", str(home / "k")))
+
+    outcome = await logged_in("status")
+
+    assert "disconnected" in outcome.out and "skyvpn7 (gone)" in outcome.out
+
+
+async def test_config_goes_to_a_private_file(logged_in: Cli, controller: FakeController, home: Path) -> None:
+    controller.connections = [dict(LISTED)]
+    controller.conf = "[Interface]\nAddress = 10.66.0.2/32\n"
+
+    outcome = await logged_in("config", "--file", str(home / "tunnel.conf"))
+
+    assert outcome.status == 0 and outcome.out == ""
+    assert (home / "tunnel.conf").read_text() == controller.conf
+    assert stat.S_IMODE((home / "tunnel.conf").stat().st_mode) == 0o600
+
+
+async def test_config_takes_in_the_key_of_this_machine(logged_in: Cli, controller: FakeController, home: Path) -> None:
+    key = load_or_make_key(home / "own.key")
+    Profile.of_user().save_tunnel(LocalTunnel("c1", "s1", "fra1", "skyvpn7", "userspace", str(home / "own.key")))
+    controller.conf = "# fra1\n[Interface]\n# PrivateKey = (write here)\nAddress = 10.66.0.2/32\n\n[Peer]\n"
+
+    without, with_key = await logged_in("config"), await logged_in("config", "--with-key")
+
+    assert key.reveal() not in without.out
+    assert with_key.out == f"# fra1\n[Interface]\nPrivateKey = {key.reveal()}\nAddress = 10.66.0.2/32\n\n[Peer]\n"
+
+
+async def test_config_without_an_id_needs_exactly_one_connection(logged_in: Cli, controller: FakeController) -> None:
+    assert (await logged_in("config")).status == 1
+    controller.connections = [dict(LISTED), LISTED | {"connection_id": "c2"}]
+    assert (await logged_in("config")).status == 2
+    assert (await logged_in("config", "c2")).status == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 30, "5.0 GiB"), (3 << 50, "3072.0 TiB")]
+)
+def test_size(count: int, text: str) -> None:
+    assert output.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("timestamp", "text"),
+    [
+        (None, "never"),
+        ("2026-11-21T11:59:30Z", "30 s ago"),
+        ("2026-11-21T12:00:30Z", "0 s ago"),
+        ("2026-11-21T10:30:00+00:00", "1 h ago"),
+        ("2026-11-01T12:00:00", "20 d ago"),
+        ("soon", "soon"),
+    ],
+)
+def test_age(timestamp: str | None, text: str) -> None:
+    assert output.age(timestamp, datetime(2026, 11, 21, 12, tzinfo=UTC)) == text
