@@ -12,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from agent.drivers.netlink.codec import NLA_TYPE_MASK, attributes
+from agent.drivers.wireguard import allowedips
 from agent.drivers.wireguard.linux import (
-    ALLOWED_IP_ADDRESS,
-    ALLOWED_IP_FAMILY,
-    ALLOWED_IP_MASK,
     CTRL_ATTR_FAMILY_ID,
     DEVICE_LISTEN_PORT,
     DEVICE_PEERS,
@@ -52,10 +50,6 @@ _PEER_HEADERS = (
 )
 _IPV4_ENDPOINT = header(PEER_ENDPOINT, 16)
 _IPV6_ENDPOINT = header(PEER_ENDPOINT, 28)
-# Nest, mask, family, header of the address.
-_ALLOWED_IP = struct.Struct("=HH 4sBxxx 4sHxx 4s")
-_IPV4_HEADERS = (header(ALLOWED_IP_MASK, 1), header(ALLOWED_IP_FAMILY, 2), header(ALLOWED_IP_ADDRESS, 4))
-_IPV6_HEADERS = (header(ALLOWED_IP_MASK, 1), header(ALLOWED_IP_FAMILY, 2), header(ALLOWED_IP_ADDRESS, 16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +135,7 @@ def _peer(data: bytes, start: int, end: int) -> Peer:
             ips: tuple[str, ...] = ()
             for first, last, type_ in _walk(data, start + _PEER.size, end):
                 if type_ == PEER_ALLOWED_IPS:
-                    ips = _allowed_ips(data, first + HEADER.size, last)
+                    ips = allowedips.decode(data, first + HEADER.size, last)
             return _made(key, preshared_key, keepalive, ips)
     view = memoryview(data)
     spans = {type_: (first + HEADER.size, last) for first, last, type_ in _walk(data, start + HEADER.size, end)}
@@ -150,30 +144,13 @@ def _peer(data: bytes, start: int, end: int) -> Peer:
         bytes(values[PEER_PUBLIC_KEY]),
         bytes(values.get(PEER_PRESHARED_KEY, NO_KEY)),
         int(struct.unpack("=H", values.get(PEER_KEEPALIVE, bytes(2)))[0]),
-        _allowed_ips(data, *spans[PEER_ALLOWED_IPS]) if PEER_ALLOWED_IPS in spans else (),
+        allowedips.decode(data, *spans[PEER_ALLOWED_IPS]) if PEER_ALLOWED_IPS in spans else (),
     )
 
 
 def _made(key: bytes, preshared_key: bytes, keepalive: int, allowed_ips: tuple[str, ...]) -> Peer:
     secret = preshared_key if preshared_key != NO_KEY else None
     return Peer(public_key=key, allowed_ips=allowed_ips, preshared_key=secret, keepalive=keepalive)
-
-
-def _allowed_ips(data: bytes, start: int, end: int) -> tuple[str, ...]:
-    return tuple([_allowed_ip(data, first, last) for first, last, _type in _walk(data, start, end)])
-
-
-def _allowed_ip(data: bytes, start: int, end: int) -> str:
-    address = start + _ALLOWED_IP.size
-    if end - start > _ALLOWED_IP.size:
-        _, _, a, mask, b, _, c = _ALLOWED_IP.unpack_from(data, start)
-        if (a, b, c) == _IPV4_HEADERS:
-            return f"{socket.inet_ntoa(data[address : address + 4])}/{mask}"
-        if (a, b, c) == _IPV6_HEADERS:
-            return f"{socket.inet_ntop(socket.AF_INET6, data[address : address + 16])}/{mask}"
-    values = dict(attributes(memoryview(data)[start + HEADER.size : end]))
-    family = socket.AF_INET6 if len(values[ALLOWED_IP_ADDRESS]) == 16 else socket.AF_INET
-    return f"{socket.inet_ntop(family, bytes(values[ALLOWED_IP_ADDRESS]))}/{values[ALLOWED_IP_MASK][0]}"
 
 
 def _stats(values: dict[int, memoryview]) -> PeerStats:

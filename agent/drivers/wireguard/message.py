@@ -1,20 +1,17 @@
 """Requests to the kernel's WireGuard, many peers in one; pure.
 
-A peer is one `bytes.join` of constant headers and its own values: encoding is then invisible beside the kernel's work.
+A peer is packed at once, its headers being constants: encoding is then hardly visible beside the kernel's work.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator
 
 from agent.drivers.netlink.codec import NLA_F_NESTED, attribute, text, u32
+from agent.drivers.wireguard import allowedips
 from agent.drivers.wireguard.linux import (
-    ALLOWED_IP_ADDRESS,
-    ALLOWED_IP_FAMILY,
-    ALLOWED_IP_MASK,
     CMD_GET_DEVICE,
     CMD_SET_DEVICE,
     CTRL_ATTR_FAMILY_NAME,
@@ -27,6 +24,7 @@ from agent.drivers.wireguard.linux import (
     FLAG_REMOVE_ME,
     FLAG_REPLACE_ALLOWED_IPS,
     GENL,
+    HEADER,
     NO_KEY,
     PEER_ALLOWED_IPS,
     PEER_ENDPOINT,
@@ -53,6 +51,8 @@ _PRESHARED_KEY = header(PEER_PRESHARED_KEY, KEY_BYTES)
 _REPLACE_ALLOWED_IPS = u32(PEER_FLAGS, FLAG_REPLACE_ALLOWED_IPS)
 _REMOVE_ME = u32(PEER_FLAGS, FLAG_REMOVE_ME)
 _KEEPALIVE = header(PEER_KEEPALIVE, 2)
+# Nest, public key, preshared key, flags, keepalive, header of the allowed IPs.
+_RECORD = struct.Struct("=HH 4s32s 4s32s 8s 4sHxx HH")
 
 
 def family_request() -> bytes:
@@ -107,47 +107,30 @@ def _in_messages(name: str, records: Iterable[bytes]) -> Iterator[bytes]:
         yield head + _nest(DEVICE_PEERS, b"".join(batch))
 
 
-def _records(peer: Peer, endpoint: bytes = b"") -> Iterator[bytes]:
+def _records(peer: Peer, endpoint: bytes = b"") -> list[bytes]:
     """One record, or several where there are very many allowed IPs: only the first replaces those that were there."""
-    values = (
+    prefixes = peer.allowed_ips
+    ips = allowedips.encode(prefixes if len(prefixes) <= _IPS_PER_RECORD else prefixes[:_IPS_PER_RECORD])
+    first = _RECORD.pack(
+        _RECORD.size + len(ips) + len(endpoint),
+        NLA_F_NESTED,
         _PUBLIC_KEY,
         peer.public_key,
         _PRESHARED_KEY,
         peer.preshared_key or NO_KEY,
         _REPLACE_ALLOWED_IPS,
-        endpoint,
         _KEEPALIVE,
-        struct.pack("=Hxx", peer.keepalive),
-        _allowed_ips(peer.allowed_ips[:_IPS_PER_RECORD]),
+        peer.keepalive,
+        HEADER.size + len(ips),
+        PEER_ALLOWED_IPS | NLA_F_NESTED,
     )
-    yield _nest(0, b"".join(values))
-    for start in range(_IPS_PER_RECORD, len(peer.allowed_ips), _IPS_PER_RECORD):
-        part = _allowed_ips(peer.allowed_ips[start : start + _IPS_PER_RECORD])
-        yield _nest(0, _PUBLIC_KEY + peer.public_key + part)
-
-
-def _allowed_ips(prefixes: Sequence[str]) -> bytes:
-    return _nest(PEER_ALLOWED_IPS, b"".join([_allowed_ip(prefix) for prefix in prefixes]))
-
-
-def _allowed_ip(prefix: str) -> bytes:
-    address, _, length = prefix.partition("/")
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return _allowed_ip_head(family, int(length)) + socket.inet_pton(family, address)
-
-
-@cache
-def _allowed_ip_head(family: int, length: int) -> bytes:
-    """An allowed IP up to its address, which comes last and has a fixed size."""
-    address_bytes = 4 if family == socket.AF_INET else 16
-    fixed = (
-        attribute(ALLOWED_IP_MASK, bytes([length]))
-        + attribute(ALLOWED_IP_FAMILY, struct.pack("=H", family))
-        + header(ALLOWED_IP_ADDRESS, address_bytes)
-    )
-    return header(NLA_F_NESTED, len(fixed) + address_bytes) + fixed
+    records = [first + ips + endpoint]
+    for start in range(_IPS_PER_RECORD, len(prefixes), _IPS_PER_RECORD):
+        part = allowedips.encode(prefixes[start : start + _IPS_PER_RECORD])
+        records.append(_nest(0, _PUBLIC_KEY + peer.public_key + _nest(PEER_ALLOWED_IPS, part)))
+    return records
 
 
 def _nest(type_: int, content: bytes) -> bytes:
     """A nest of content that is aligned already."""
-    return header(type_ | NLA_F_NESTED, len(content)) + content
+    return HEADER.pack(4 + len(content), type_ | NLA_F_NESTED) + content
