@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -89,9 +89,10 @@ class World:
         self.waits.append((node_id, scope, revision, timeout))
         return True
 
-    def new_live(self, clock: Callable[[], datetime] = now) -> LiveStates:
+    def new_live(self, interval: float = 0.02) -> LiveStates:
+        """As another process has it, or the next one."""
         return LiveStates(
-            self.database, Metrics(CollectorRegistry()), max_bytes_per_second=1_000_000_000, interval=0.02, clock=clock
+            self.database, Metrics(CollectorRegistry()), max_bytes_per_second=1_000_000_000, interval=interval
         )
 
     def report(
