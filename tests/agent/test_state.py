@@ -24,7 +24,6 @@ RESOURCES = [resource(item) for item in (INTERFACE, *PEERS)]
 
 
 async def filled(directory: Path) -> None:
-    directory.chmod(0o700)
     state = State(directory)
     await state.open()
     await state.replace(SCOPE, "e1", 7, RESOURCES)
