@@ -104,8 +104,8 @@ class Demo:
             options = ("--email", "alice@example.org", "--role", "user", "--password-stdin")
             self.controller_command("user", "add", "alice", *options, "--config", self.settings, stdin=f"{password}\n")
         with step("make a join token"):
-            options = ("--name", "fra1", "--country", "DE", "--city", "Frankfurt", "--endpoint", NODE)
-            token = self.controller_command("node", "token", *options, "--config", self.settings)
+            place = ("--name", "fra1", "--country", "DE", "--city", "Frankfurt", "--endpoint", NODE)
+            token = self.controller_command("node", "token", *place, "--config", self.settings)
         with step("enrol the node"):
             agent = str(self.directory / "agent")
             self.node.run(script("skynetvpn-agent"), "enroll", "--token", "-", "--dir", agent, stdin=token)

@@ -15,7 +15,7 @@ from agent import files
 from agent.client import tunnel
 from agent.client.account import open_api
 from agent.client.api import Api, Connection, Server
-from agent.client.errors import Failure, Misuse
+from agent.client.errors import Failure, Misuse, NotLoggedIn, Unreachable
 from agent.client.output import age, json_text, size, table
 from agent.client.profile import LocalTunnel, Profile, load_or_make_key
 
@@ -59,11 +59,16 @@ _SERVER_FIELDS = ("id", "name", "country", "ip", "status")
 
 
 async def status(arguments: argparse.Namespace, profile: Profile) -> int:
-    if not arguments.watch:
-        await _print_status(arguments, profile, clear=False)
-        return 0
+    """Fails where the controller does not answer, but shows this machine's tunnels first; a watch goes on."""
+    clear = arguments.watch and arguments.output == "text" and sys.stdout.isatty()
     while True:
-        await _print_status(arguments, profile, clear=sys.stdout.isatty() and arguments.output == "text")
+        failure = await _print_status(arguments, profile, clear=clear)
+        if failure is not None and not arguments.watch:
+            raise failure
+        if not arguments.watch:
+            return 0
+        if failure is not None:
+            print(f"skynetvpn: {failure}", file=sys.stderr)
         await asyncio.sleep(_WATCH_SECONDS)
 
 
@@ -86,17 +91,25 @@ async def config(arguments: argparse.Namespace, profile: Profile) -> int:
     return 0
 
 
-async def _print_status(arguments: argparse.Namespace, profile: Profile, *, clear: bool) -> None:
-    async with open_api(profile.require_session()) as api:
-        connections, known = await asyncio.gather(api.connections(), api.servers())
+async def _print_status(arguments: argparse.Namespace, profile: Profile, *, clear: bool) -> Failure | None:
     local = {item.connection_id: item for item in profile.tunnels()}
     counters = {id: await tunnel.counters(item) for id, item in local.items()}
-    rows = status_rows(connections, {server.id: server for server in known}, local, counters)
+    failure = None
+    try:
+        async with open_api(profile.require_session()) as api:
+            connections, known = await asyncio.gather(api.connections(), api.servers())
+        rows = status_rows(connections, {server.id: server for server in known}, local, counters)
+    except (Unreachable, NotLoggedIn) as error:
+        failure = error
+        rows = [_local_row(item, "unknown", counters[id]) for id, item in local.items()]
     if arguments.output == "json":
         print(json_text(rows), flush=True)
-        return
-    text = _status_table(rows, datetime.now(UTC)) if rows else "no live connection: skynetvpn connect makes one"
-    print(_CLEAR + text if clear else text, flush=True)
+    elif rows:
+        text = _status_table(rows, datetime.now(UTC))
+        print(_CLEAR + text if clear else text, flush=True)
+    elif failure is None:
+        print("no live connection: skynetvpn connect makes one", flush=True)
+    return failure
 
 
 def status_rows(
@@ -128,26 +141,26 @@ def status_rows(
             )
         )
     listed = {connection.connection_id for connection in connections}
-    for id, item in local.items():
-        if id not in listed:
-            rows.append(
-                Row(
-                    connection_id=id,
-                    server_id=item.server_id,
-                    server=item.server,
-                    protocol="wireguard",
-                    status="disconnected",
-                    created_at=None,
-                    addresses=item.addresses,
-                    rx=None,
-                    tx=None,
-                    latest_handshake=None,
-                    interface=item.interface,
-                    netns=item.netns,
-                    local=counters.get(id),
-                )
-            )
+    rows += [_local_row(item, "disconnected", counters[id]) for id, item in local.items() if id not in listed]
     return rows
+
+
+def _local_row(item: LocalTunnel, status: str, counters: tunnel.Counters | None) -> Row:
+    return Row(
+        connection_id=item.connection_id,
+        server_id=item.server_id,
+        server=item.server,
+        protocol="wireguard",
+        status=status,
+        created_at=None,
+        addresses=item.addresses,
+        rx=None,
+        tx=None,
+        latest_handshake=None,
+        interface=item.interface,
+        netns=item.netns,
+        local=counters,
+    )
 
 
 def _status_table(rows: Sequence[Row], now: datetime) -> str:

@@ -56,7 +56,9 @@ async def up(arguments: argparse.Namespace, profile: Profile) -> int:
     except asyncio.CancelledError:
         if not installation.announced:
             raise KeyboardInterrupt from None
-        print("stopped", file=sys.stderr)
+        print(
+            "stopped; the node's tunnels go on, as on every host, and the next start takes them over", file=sys.stderr
+        )
         return 0
     return 1
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from agent.client import output
 from agent.client.profile import LocalTunnel, Profile, load_or_make_key
@@ -65,6 +66,20 @@ async def test_status_shows_a_tunnel_that_the_controller_has_ended(logged_in: Cl
     outcome = await logged_in("status")
 
     assert "disconnected" in outcome.out and "skyvpn7 (gone)" in outcome.out
+
+
+@pytest.mark.parametrize("status", [502, 401])
+async def test_status_shows_this_machines_tunnels_also_without_the_controller(
+    logged_in: Cli, controller: FakeController, home: Path, status: int
+) -> None:
+    Profile.of_user().save_tunnel(LocalTunnel("c9", "s1", "fra1", "skyvpn7", "userspace", str(home / "k")))
+    controller.answers["GET /connections"] = lambda: web.Response(status=status, text="away")
+
+    outcome = await logged_in("-o", "json", "status")
+
+    assert outcome.status == (3 if status == 401 else 1)
+    assert [(row["server"], row["status"]) for row in outcome.json] == [("fra1", "unknown")]
+    assert outcome.err.count("\n") == 1
 
 
 async def test_config_goes_to_a_private_file(logged_in: Cli, controller: FakeController, home: Path) -> None:
