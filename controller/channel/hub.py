@@ -159,6 +159,7 @@ class Hub:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._rounds(self._sweep, every.sweep, self._sweep_now))
             tasks.create_task(self._rounds(self._check, every.check, self._check_now))
+            tasks.create_task(self._rounds(self._seen, every.check))
             tasks.create_task(self._rounds(self._progress.flush, every.flush))
             tasks.create_task(self._rounds(self._purge, every.purge))
 
@@ -167,7 +168,10 @@ class Hub:
         self._closing = True
         for live in self._live.values():
             live.connection.end(Bye(reason="the controller is stopping"))
-        await self._progress.flush()
+        try:
+            await self._progress.flush()
+        except StoreUnavailable:
+            log.warning("channel.acknowledgements_lost")  # the nodes repeat them
 
     def _committed(self, committed: Committed) -> None:
         if committed.scopes is not None:
@@ -194,10 +198,9 @@ class Hub:
             if not listeners:
                 del self._listeners[scope]
                 self._pushes.forget(scope)
-        if connection.session.greeted:
-            self._directory.set_online(node.node_id, False)
-            self._metrics.up.labels(node.name).set(0)
-            log.info("channel.node_down", node=node.name)
+        self._directory.set_online(node.node_id, False)
+        self._metrics.up.labels(node.name).set(0)
+        log.info("channel.node_down", node=node.name)
 
     def _applied(self, connection: Connection, scope: str, revision: int) -> None:
         node_id = connection.node.node_id
@@ -266,8 +269,10 @@ class Hub:
         for node_id, scope in await self._progress.confirmed(live):
             if live[node_id].connection.session.confirm(scope):
                 live[node_id].connection.wake()
-        if live:
-            await self._progress.seen(live, moment)
+
+    async def _seen(self) -> None:
+        if self._live:
+            await self._progress.seen(self._live, now())
 
     async def _purge(self) -> None:
         purged = await self._progress.purge(self._scopes_of)

@@ -73,10 +73,11 @@ class Intake:
                 assert_never(frame)
 
     async def _hello(self, frame: Hello) -> None:
-        standing = await self._progress.standing(self._node.node_id)
-        welcome = self._session.hello(frame, [scope for scope, known in standing.items() if known.confirmed])
+        self._session.check(frame)
         await self._identities.hello(self._node, frame, self._address)
-        self._connection.send(welcome)
+        standing = await self._progress.standing(self._node.node_id)
+        confirmed = [scope for scope, known in standing.items() if known.confirmed]
+        self._connection.send(self._session.hello(frame, confirmed))  # the welcome goes before any push
         self._greeted()
 
     def _applied(self, frame: Applied) -> None:

@@ -62,14 +62,17 @@ class Session:
     def scopes(self) -> tuple[str, ...]:
         return tuple(self._scopes)
 
-    def hello(self, hello: Hello, confirmed: Sequence[str] = ()) -> Welcome:
-        """Open the session; `confirmed` are scopes whose refused snapshot an operator has allowed."""
+    def check(self, hello: Hello) -> None:
         if self.greeted:
             raise ProtocolViolation("hello was sent twice")
         if hello.version < PROTOCOL_VERSION - 1:
             raise ProtocolViolation(f"protocol version {hello.version} is too old, update the agent")
         if not _BOOT_ID.fullmatch(hello.boot_id):
             raise ProtocolViolation("the boot id is not 1 to 64 letters, digits or -")
+
+    def hello(self, hello: Hello, confirmed: Sequence[str] = ()) -> Welcome:
+        """Open the session; from now on something may be wanted. In `confirmed` scopes an operator has allowed what
+        the node refused before."""
         self.greeted = True
         for name, scope in self._scopes.items():
             scope.confirmed = name in confirmed
