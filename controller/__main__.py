@@ -1,0 +1,165 @@
+"""The command line of the controller: make one, run it, and administer it beside the running one."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from controller import app, log
+from controller.accounts.principal import Plan, Role
+from controller.config import Config, LogLevel, read_config
+from controller.errors import DomainError
+from controller.fleet.errors import AuthorityUnusable
+from controller.fleet.nodes import NodeSpec, NodeStatus
+from controller.setup import AlreadyThere, initialise
+from shared import __version__
+from shared.settings import SettingsError
+
+DEFAULT_CONFIG = Path("/etc/skynetvpn/controller.yaml")
+_FAILED = 1
+
+Command = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    os.umask(0o077)  # the database and all that is made beside it is for this account only
+    command: Command = arguments.command
+    try:
+        log.configure(LogLevel.WARNING)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(command(arguments))
+    except SettingsError as error:
+        print(f"skynetvpn-controller: {error.source} cannot be used:", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  {problem}", file=sys.stderr)
+        sys.exit(_FAILED)
+    except (DomainError, AlreadyThere, AuthorityUnusable, OSError) as error:
+        print(f"skynetvpn-controller: {error}", file=sys.stderr)
+        sys.exit(_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+async def _init(arguments: argparse.Namespace) -> None:
+    directory: Path = arguments.dir
+    config = await initialise(directory, arguments.listen, arguments.node_listen, arguments.node_address)
+    print(f"made {directory}: the API will listen on {config.listen}, nodes will dial {config.dialled_address()}")
+    print(f"next: skynetvpn-controller user add NAME --email E --role admin --config {directory}/controller.yaml")
+    print(f"      skynetvpn-controller run --config {directory}/controller.yaml")
+
+
+async def _run(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    log.configure(config.log_level)
+    await app.serve(config)
+
+
+async def _user_add(arguments: argparse.Namespace) -> None:
+    if not arguments.password_stdin:
+        raise SystemExit("skynetvpn-controller: give the password on standard input, with --password-stdin")
+    password = (await asyncio.to_thread(sys.stdin.readline)).rstrip("\n")
+    config = _config(arguments)
+    async with app.services(config) as services:
+        user = await app.accounts_beside(services, config).create_user(
+            arguments.name, arguments.email, password, Role(arguments.role), Plan(arguments.plan)
+        )
+    print(f"added {user.username} ({user.role}, plan {user.plan})")
+
+
+async def _node_token(arguments: argparse.Namespace) -> None:
+    spec = NodeSpec(
+        name=arguments.name,
+        country=arguments.country,
+        city=arguments.city,
+        endpoint=arguments.endpoint,
+        plan=Plan(arguments.plan),
+    )
+    async with app.services(_config(arguments)) as services:
+        print(await services.fleet.issue_join_token(spec, timedelta(minutes=arguments.minutes)))
+
+
+async def _node_list(arguments: argparse.Namespace) -> None:
+    async with app.services(_config(arguments)) as services:
+        nodes = await services.fleet.nodes()
+    for node in nodes:
+        seen = f"{node.last_seen_at:%Y-%m-%dT%H:%M:%SZ}" if node.last_seen_at else "never"
+        place = f"{node.country} {node.city}"
+        print(f"{node.name}\t{node.status}\t{place}\t{node.endpoint or node.address or '-'}\tseen {seen}", end="")
+        print(f"\t{node.problem}" if node.problem else "")
+
+
+async def _node_status(arguments: argparse.Namespace) -> None:
+    async with app.services(_config(arguments)) as services:
+        await services.fleet.set_status(arguments.name, NodeStatus(arguments.status))
+    print(f"{arguments.name} is {arguments.status}")
+
+
+async def _node_confirm(arguments: argparse.Namespace) -> None:
+    async with app.services(_config(arguments)) as services:
+        await services.fleet.confirm_snapshot(arguments.name)
+    print(f"{arguments.name} will be sent the state that it refused, with your confirmation")
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    return read_config(arguments.config, os.environ)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="skynetvpn-controller", description="The central service of a VPN fleet.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    init = commands.add_parser("init", help="make a controller's directory")
+    init.add_argument("--dir", type=Path, required=True, help="where settings, keys and the database go")
+    init.add_argument("--listen", metavar="HOST:PORT", help="of the API (default 127.0.0.1:8080)")
+    init.add_argument("--node-listen", metavar="HOST:PORT", help="of the node channel (default 0.0.0.0:8443)")
+    init.add_argument("--node-address", metavar="HOST:PORT", help="that nodes dial, where it is another")
+    init.set_defaults(command=_init)
+
+    _add(commands, "run", _run, "run the controller in the foreground")
+
+    user = commands.add_parser("user", help="accounts").add_subparsers(required=True, metavar="COMMAND")
+    add = _add(user, "add", _user_add, "add an account")
+    add.add_argument("name", metavar="NAME")
+    add.add_argument("--email", required=True)
+    add.add_argument("--role", choices=[role.value for role in Role], default=Role.USER.value)
+    add.add_argument("--plan", choices=[plan.value for plan in Plan], default=Plan.FREE.value)
+    add.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
+
+    node = commands.add_parser("node", help="VPN hosts").add_subparsers(required=True, metavar="COMMAND")
+    token = _add(node, "token", _node_token, "print a join token for a new host, or for one that joins again")
+    token.add_argument("--name", required=True)
+    token.add_argument("--country", required=True, help="ISO 3166 code of two letters")
+    token.add_argument("--city", required=True)
+    token.add_argument("--endpoint", help="host that clients dial (default: the address that the node connects from)")
+    token.add_argument("--plan", choices=[plan.value for plan in Plan], default=Plan.FREE.value, help="lowest plan")
+    token.add_argument("--minutes", type=int, default=10, help="for how long the token is valid (default 10)")
+    _add(node, "list", _node_list, "list the nodes and what they say")
+    status = _add(node, "status", _node_status, "take a node in or out of service")
+    status.add_argument("name", metavar="NAME")
+    status.add_argument("status", choices=[status.value for status in NodeStatus])
+    confirm = _add(node, "confirm", _node_confirm, "allow the mass removal that a node refused")
+    confirm.add_argument("name", metavar="NAME")
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, command: Command, words: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=words)
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help=f"default {DEFAULT_CONFIG}")
+    parser.set_defaults(command=command)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
