@@ -1,6 +1,6 @@
 """Rows 1 to 5: the WireGuard drivers against wg(8) and pyroute2, on whichever backend this machine has.
 
-    python -m bench.wireguard kernel    # inside the virtual machine: prints the results as JSON in one line
+python -m bench.wireguard kernel    # inside the virtual machine: prints the results as JSON in one line
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench import material
 from bench.harness import Goal, Ratio, Result, absolute, compared, dump_results, interleaved, not_measured
 from bench.strace import sets_sent
 from shared.desired import Interface, Kind, Peer, encode
-from shared.keys import PrivateKey
+from shared.keys import PrivateKey, encode_key
 from shared.protocol import Applied, Frame, Resource, Snapshot, Welcome
 from tests.support.netns import Namespace, unique
 
@@ -125,7 +125,12 @@ async def _against_pyroute2(bed: Bed, row: str, fleet: list[Peer], empty: str) -
     from pyroute2 import WireGuard
 
     few = [
-        {"public_key": peer.key.encode(), "allowed_ips": list(peer.allowed_ips)} for peer in fleet[:_PYROUTE2_PEERS]
+        {
+            "public_key": peer.key.encode(),
+            "preshared_key": encode_key(peer.preshared_key or bytes(32)).encode(),
+            "allowed_ips": list(peer.allowed_ips),
+        }
+        for peer in fleet[:_PYROUTE2_PEERS]
     ]
 
     def loop() -> float:
@@ -171,7 +176,8 @@ async def change(bed: Bed) -> list[Result]:
 
     async def wg_set() -> float:
         peer = next(spare)
-        took = await asyncio.to_thread(material.timed, material.wg_set(bed.name, peer))
+        argv = material.wg_set(bed.name, peer, bed.directory / "secret")
+        took = await asyncio.to_thread(material.timed, argv)
         await bed.driver.remove_peers(bed.name, [peer.public_key])
         return took
 
