@@ -30,12 +30,13 @@ async def enrol(text: str, directory: Path) -> EnrolAnswer:
     with files.locked(directory):
         identity = Identity(directory)
         key = identity.ensure_key(identity.current.key)
+        identity.ensure_wireguard_key()
         request = EnrolRequest(
             token_id=token.id,
             secret=token.secret,
             csr=signing_request(key),
             agent=__version__,
-            wireguard_public_key=identity.ensure_wireguard_key().public().raw,
+            wireguard_public_key=identity.public_key(),
         )
         answer = await _exchange(token, request)
         identity.store(identity.current, answer.certificate, answer.ca)
@@ -61,8 +62,8 @@ async def _exchange(token: jointoken.JoinToken, request: EnrolRequest) -> EnrolA
                 return _answer(response.status, await response.content.read(_MAX_ANSWER))
         except (aiohttp.ClientSSLError, ssl.SSLError) as error:
             raise AgentError(
-                f"the controller at {token.address} did not prove that it belongs to the CA in the token: {in_words(error)}; "
-                "check the clock of this host"
+                f"the controller at {token.address} did not prove that it belongs to the CA in the token: "
+                f"{in_words(error)}; check the clock of this host"
             ) from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise AgentError(

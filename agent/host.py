@@ -15,14 +15,18 @@ _MAX_SINGLE_FAILURES = 16  # after so many the fault is not in single peers
 
 class Host:
     def __init__(
-        self, open_wireguard: Callable[[], Awaitable[WireGuardDriver]], firewall: FirewallDriver, key: PrivateKey
+        self,
+        open_wireguard: Callable[[], Awaitable[WireGuardDriver]],
+        firewall: FirewallDriver,
+        key: PrivateKey,
+        public_key: bytes,
     ) -> None:
         self._open_wireguard = open_wireguard
         self._opened: WireGuardDriver | None = None
         self._firewall = firewall
         self._key = key
         self._guarded: tuple[Interface | None, str | None] = (None, None)  # what the loaded table was made for
-        self.public_key = key.public().raw
+        self.public_key = public_key
 
     async def wireguard(self) -> WireGuardDriver:
         """The driver, opened at its first use and tried again while this host cannot do it; raise DriverError."""

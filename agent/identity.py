@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent import certificates, files
 from agent.errors import AgentError
-from shared.keys import InvalidKey, PrivateKey
+from shared.keys import InvalidKey, PrivateKey, decode_key
 
 CONFIG = "agent.yaml"
 WIREGUARD_KEY = "wireguard.key"
@@ -32,6 +33,7 @@ class Identity:
         self.current = Pair(directory / "node.key", directory / "node.crt", directory / "ca.crt")
         self.next = Pair(directory / "node.next.key", directory / "node.next.crt", directory / "ca.next.crt")
         self._wireguard_key = directory / WIREGUARD_KEY
+        self._public_key = directory / "wireguard.pub"
 
     def recover(self) -> None:
         """Finish a promotion that a crash cut in two: its order is CA, key, certificate."""
@@ -51,13 +53,24 @@ class Identity:
         except (InvalidKey, UnicodeDecodeError) as error:
             raise AgentError(f"{self._wireguard_key} is not a WireGuard private key: {error}") from error
 
-    def ensure_wireguard_key(self) -> PrivateKey:
+    def ensure_wireguard_key(self) -> None:
         if not self._wireguard_key.exists():
             self.store_wireguard_key(PrivateKey.generate())
-        return self.wireguard_key()
 
     def store_wireguard_key(self, key: PrivateKey) -> None:
         files.write_private(self._wireguard_key, key.reveal().encode() + b"\n")
+
+    def public_key(self) -> bytes:
+        """The public half, from a file: the library that computes it would stay in memory for good."""
+        key = self.wireguard_key()
+        mark = hashlib.blake2b(key.raw, digest_size=16).hexdigest()
+        with contextlib.suppress(OSError, ValueError):
+            text, made_from = self._public_key.read_text().split()
+            if made_from == mark:
+                return decode_key(text)
+        public = key.public()
+        files.write_private(self._public_key, f"{public} {mark}\n".encode())
+        return public.raw
 
     def ensure_key(self, path: Path) -> bytes:
         """The PEM of the private key at `path`, made now where there is none."""

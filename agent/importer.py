@@ -16,7 +16,7 @@ from typing import Any
 from agent import files
 from agent.desired import IMPORTED, Desired, scope_of
 from agent.errors import AgentError
-from agent.identity import Identity
+from agent.identity import WIREGUARD_KEY, Identity
 from agent.state import State, StateError
 from shared.desired import Interface, Kind, Peer, encode
 from shared.keys import PresharedKey, PrivateKey, PublicKey
@@ -56,7 +56,7 @@ async def adopt(found: Found, directory: Path) -> None:
     files.make_private_directory(directory)
     with files.locked(directory):
         identity = Identity(directory)
-        key = directory / "wireguard.key"
+        key = directory / WIREGUARD_KEY
         if identity.enrolled() and await asyncio.to_thread(identity.wireguard_key) != found.private_key:
             raise AgentError(
                 f"this host is enrolled with another WireGuard key ({key}): import before enrolling, "
@@ -73,7 +73,8 @@ async def adopt(found: Found, directory: Path) -> None:
             raise AgentError(str(error)) from error
         finally:
             await state.close()
-        identity.store_wireguard_key(found.private_key)
+        await asyncio.to_thread(identity.store_wireguard_key, found.private_key)
+        await asyncio.to_thread(identity.public_key)
 
 
 def _read(file: Path, name: str) -> Found:

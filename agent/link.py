@@ -169,8 +169,7 @@ class Link:
         self._accepted(pair, first)
         await self._deliver(first)
         while True:
-            frame = await self._frame(socket)
-            await self._deliver(frame)
+            await self._deliver(await self._frame(socket))
 
     async def _frame(self, socket: aiohttp.ClientWebSocketResponse) -> FromController:
         """The next frame of a kind that this version knows."""

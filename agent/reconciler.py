@@ -172,6 +172,7 @@ class Reconciler:
                 await self._take(frame)
                 self._counters.apply_seconds += time.monotonic() - started
                 self._counters.applies += 1
+            del frame  # a part of a snapshot is large, and the next frame may be hours away
 
     async def _take(self, frame: Welcome | Delta | Snapshot) -> None:
         match frame:

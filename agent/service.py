@@ -45,7 +45,12 @@ class Agent:
         key = self.identity.wireguard_key()
         self.counters.certificate_not_after = self.identity.validity().not_after
         self._state = State(config.directory)
-        host = Host(open_wireguard or (lambda: choose(config.backend)), firewall or Nftables(), key)
+        public_key = self.identity.public_key()
+
+        async def chosen() -> WireGuardDriver:
+            return await choose(config.backend, known_keys={key.raw: public_key})
+
+        host = Host(open_wireguard or chosen, firewall or Nftables(), key, public_key)
         self.reconciler = Reconciler(
             state=self._state,
             host=host,

@@ -86,7 +86,7 @@ class Node:
         settings: dict[str, object] = {"guard": Guard(), "recheck_seconds": 3600.0, "clock": lambda: self.now}
         self.reconciler = Reconciler(
             state=self.state,
-            host=Host(self._open, self.firewall, KEY),
+            host=Host(self._open, self.firewall, KEY, KEY.public().raw),
             send=self.frames.append,
             counters=self.counters,
             boot_id="boot",

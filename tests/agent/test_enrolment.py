@@ -14,7 +14,7 @@ from agent.identity import Identity
 from shared.protocol import EnrolRefusal
 from tests.agent.fake_controller import Authority, FakeController
 
-FILES = {"agent.yaml", "node.key", "node.crt", "ca.crt", "wireguard.key", "lock"}
+FILES = {"agent.yaml", "node.key", "node.crt", "ca.crt", "wireguard.key", "wireguard.pub", "lock"}
 
 
 async def test_enrolment_leaves_private_files_and_a_config_that_loads(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from enum import StrEnum
 
 from agent.drivers.base import Unsupported
@@ -16,10 +17,13 @@ class Backend(StrEnum):
     USERSPACE = "userspace"
 
 
-async def choose(preference: Backend = Backend.AUTO, program: str = PROGRAM) -> KernelWireGuard | UserspaceWireGuard:
+async def choose(
+    preference: Backend = Backend.AUTO, program: str = PROGRAM, known_keys: Mapping[bytes, bytes] | None = None
+) -> KernelWireGuard | UserspaceWireGuard:
     """Open the driver that this host supports, the kernel's before a program's; raise Unsupported where there is none.
 
-    The only place that decides. `driver.backend` says which it is.
+    The only place that decides. `driver.backend` says which it is. `known_keys`
+    maps private keys to public ones, so that the library that computes them need not be loaded.
     """
     if preference is not Backend.USERSPACE:
         try:
@@ -29,4 +33,4 @@ async def choose(preference: Backend = Backend.AUTO, program: str = PROGRAM) -> 
                 raise
     if shutil.which(program) is None:
         raise Unsupported(f"WireGuard needs its kernel module or the program {program}, and this host has neither")
-    return UserspaceWireGuard(program)
+    return UserspaceWireGuard(program, known_keys=known_keys)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -32,19 +32,20 @@ class UserspaceWireGuard:
 
     backend: Final = "userspace"
 
-    def __init__(self, program: str = PROGRAM, sockets: Path = SOCKETS) -> None:
+    def __init__(
+        self, program: str = PROGRAM, sockets: Path = SOCKETS, known_keys: Mapping[bytes, bytes] | None = None
+    ) -> None:
         self._program = program
         self._sockets = sockets
         self._open: dict[str, UapiSocket] = {}
         self._rtnl = Rtnl()
-        self._public_keys: dict[bytes, bytes] = {}
+        self._public_keys = dict(known_keys or {})  # private -> public
 
     async def observe(self, name: str) -> Device | None:
         link = await interface.find(self._rtnl, name, _KIND)
         if link is None:
             return None
-        answer = await self._socket(name).get(f"read {name}")
-        settings = uapi.parse_settings(answer)
+        settings, peers = await self._socket(name).get(f"read {name}", uapi.parse)
         return Device(
             name=name,
             public_key=self._public_key(settings.private_key),
@@ -52,7 +53,7 @@ class UserspaceWireGuard:
             addresses=tuple(await self._rtnl.addresses(link)),
             mtu=link.mtu,
             generation=interface.generation(link),
-            peers=await asyncio.to_thread(uapi.parse_peers, answer),
+            peers=peers,
         )
 
     async def ensure(self, spec: Interface, private_key: PrivateKey) -> None:
@@ -85,7 +86,7 @@ class UserspaceWireGuard:
         await self._socket(name).set(f"set the server of {name}", [uapi.set_server(server)])
 
     async def stats(self, name: str) -> list[PeerStats]:
-        return await self._socket(name).stats(f"read the counters of {name}")
+        return await self._socket(name).get(f"read the counters of {name}", uapi.parse_stats)
 
     async def remove(self, name: str) -> None:
         link = await interface.find(self._rtnl, name, _KIND)
@@ -112,7 +113,7 @@ class UserspaceWireGuard:
         return self._open[name]
 
     async def _settings(self, name: str) -> uapi.Settings:
-        return uapi.parse_settings(await self._socket(name).get(f"read {name}"))
+        return await self._socket(name).get(f"read {name}", uapi.parse_settings)
 
     async def _check_owner(self, name: str, link: Link | None) -> None:
         """Interface and socket must be there together, or neither: the files are shared by network namespaces."""
@@ -150,7 +151,7 @@ class UserspaceWireGuard:
 
     def _public_key(self, private_key: bytes) -> bytes:
         if private_key and private_key not in self._public_keys:
-            self._public_keys = {private_key: PrivateKey(private_key).public().raw}
+            self._public_keys[private_key] = PrivateKey(private_key).public().raw
         return self._public_keys.get(private_key, b"")
 
 
