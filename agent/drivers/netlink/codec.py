@@ -7,6 +7,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from agent.drivers.base import DriverError
+
 NLM_F_REQUEST = 0x01
 NLM_F_ACK = 0x04
 NLM_F_DUMP_INTR = 0x10
@@ -28,7 +30,7 @@ _ERROR = struct.Struct("=i")
 HEADER_BYTES = _HEADER.size
 
 
-class MalformedMessage(ValueError):
+class MalformedMessage(DriverError):
     """Bytes that are not whole netlink messages or attributes."""
 
 

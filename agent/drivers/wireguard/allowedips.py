@@ -5,9 +5,9 @@ All of an entry but its address is one of 162 constants, written from a table an
 
 from __future__ import annotations
 
-import socket
 import struct
 from collections.abc import Iterable
+from socket import AF_INET, AF_INET6, inet_ntoa, inet_ntop, inet_pton
 
 from agent.drivers.netlink.codec import NLA_F_NESTED, attribute, attributes
 from agent.drivers.wireguard.linux import ALLOWED_IP_ADDRESS, ALLOWED_IP_FAMILY, ALLOWED_IP_MASK, HEADER, header
@@ -26,15 +26,22 @@ def _head(family: int, mask: int, address_bytes: int) -> bytes:
     return header(NLA_F_NESTED, len(values) + address_bytes) + values
 
 
-_IPV4 = {str(mask): _head(socket.AF_INET, mask, 4) for mask in range(33)}
-_IPV6 = {str(mask): _head(socket.AF_INET6, mask, 16) for mask in range(129)}
+_IPV4 = {str(mask): _head(AF_INET, mask, 4) for mask in range(33)}
+_IPV6 = {str(mask): _head(AF_INET6, mask, 16) for mask in range(129)}
 _IPV4_MASKS = {head: mask for mask, head in _IPV4.items()}
 _IPV6_MASKS = {head: mask for mask, head in _IPV6.items()}
 
 
 def encode(prefixes: Iterable[str]) -> bytes:
     """The content of a peer's nest of allowed IPs."""
-    return b"".join([_encode(prefix) for prefix in prefixes])
+    entries = b""
+    for prefix in prefixes:
+        address, _, mask = prefix.partition("/")
+        if ":" in address:
+            entries += _IPV6[mask] + inet_pton(AF_INET6, address)
+        else:
+            entries += _IPV4[mask] + inet_pton(AF_INET, address)
+    return entries
 
 
 def decode(data: bytes, start: int, end: int) -> tuple[str, ...]:
@@ -43,26 +50,19 @@ def decode(data: bytes, start: int, end: int) -> tuple[str, ...]:
     while start + HEADER.size <= end:
         head = data[start : start + _HEAD_BYTES]
         if (mask := _IPV4_MASKS.get(head)) is not None:
-            found.append(f"{socket.inet_ntoa(data[start + _HEAD_BYTES : start + _IPV4_BYTES])}/{mask}")
+            found.append(f"{inet_ntoa(data[start + _HEAD_BYTES : start + _IPV4_BYTES])}/{mask}")
             start += _IPV4_BYTES
         elif (mask := _IPV6_MASKS.get(head)) is not None:
             address = data[start + _HEAD_BYTES : start + _IPV6_BYTES]
-            found.append(f"{socket.inet_ntop(socket.AF_INET6, address)}/{mask}")
+            found.append(f"{inet_ntop(AF_INET6, address)}/{mask}")
             start += _IPV6_BYTES
         else:  # written in another order than the kernel's usual one
             return (*found, *(_decode(entry) for _type, entry in attributes(data[start:end])))
     return tuple(found)
 
 
-def _encode(prefix: str) -> bytes:
-    address, _, mask = prefix.partition("/")
-    if ":" in address:
-        return _IPV6[mask] + socket.inet_pton(socket.AF_INET6, address)
-    return _IPV4[mask] + socket.inet_pton(socket.AF_INET, address)
-
-
 def _decode(entry: memoryview) -> str:
     values = dict(attributes(entry))
     address = bytes(values[ALLOWED_IP_ADDRESS])
-    family = socket.AF_INET6 if len(address) == 16 else socket.AF_INET
-    return f"{socket.inet_ntop(family, address)}/{values[ALLOWED_IP_MASK][0]}"
+    family = AF_INET6 if len(address) == 16 else AF_INET
+    return f"{inet_ntop(family, address)}/{values[ALLOWED_IP_MASK][0]}"

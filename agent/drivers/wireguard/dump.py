@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from agent.drivers.netlink.codec import NLA_TYPE_MASK, attributes
+from agent.drivers.netlink.codec import NLA_TYPE_MASK, MalformedMessage, attributes
 from agent.drivers.wireguard import allowedips
 from agent.drivers.wireguard.linux import (
     CTRL_ATTR_FAMILY_ID,
@@ -94,28 +94,33 @@ def parse_stats(dump: Sequence[bytes]) -> list[PeerStats]:
 
 def parse_peers(dump: Sequence[bytes]) -> tuple[Peer, ...]:
     """Read all peers; the parts of one that was split over messages are joined."""
-    found: dict[bytes, Peer] = {}
+    found: list[Peer] = []
     for data in dump:
         for start, end in _peers(data):
             peer = _peer(data, start, end)
-            before = found.get(peer.public_key)
-            if before is not None:
+            if found and found[-1].public_key == peer.public_key:
+                first = found.pop()
                 peer = Peer(
-                    public_key=peer.public_key,
-                    allowed_ips=before.allowed_ips + peer.allowed_ips,
-                    preshared_key=before.preshared_key,
-                    keepalive=before.keepalive,
+                    public_key=first.public_key,
+                    allowed_ips=first.allowed_ips + peer.allowed_ips,
+                    preshared_key=first.preshared_key,
+                    keepalive=first.keepalive,
                 )
-            found[peer.public_key] = peer
-    return tuple(found.values())
+            found.append(peer)
+    return tuple(found)
 
 
 def _peers(data: bytes) -> Iterator[tuple[int, int]]:
     """The span of each peer's nest in one message."""
     for start, end, type_ in _walk(data, GENL.size, len(data)):
         if type_ == DEVICE_PEERS:
-            for first, last, _type in _walk(data, start + HEADER.size, end):
-                yield first, last
+            offset = start + HEADER.size
+            while offset < end:
+                length, _ = HEADER.unpack_from(data, offset)
+                if length < HEADER.size or offset + length > end:
+                    raise MalformedMessage(f"a peer of {length} bytes does not fit")
+                yield offset, offset + length
+                offset += (length + 3) & ~3
 
 
 def _walk(data: bytes, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -123,7 +128,7 @@ def _walk(data: bytes, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
     while offset + HEADER.size <= end:
         length, type_ = HEADER.unpack_from(data, offset)
         if length < HEADER.size or offset + length > end:
-            return
+            raise MalformedMessage(f"an attribute of {length} bytes does not fit")
         yield offset, offset + length, type_ & NLA_TYPE_MASK
         offset += (length + 3) & ~3
 
@@ -133,9 +138,12 @@ def _peer(data: bytes, start: int, end: int) -> Peer:
         _, _, a, key, b, preshared_key, c, _, d, keepalive, e, _, f, _, g = _PEER.unpack_from(data, start)
         if (a, b, c, d, e, f, g) == _PEER_HEADERS:
             ips: tuple[str, ...] = ()
-            for first, last, type_ in _walk(data, start + _PEER.size, end):
-                if type_ == PEER_ALLOWED_IPS:
-                    ips = allowedips.decode(data, first + HEADER.size, last)
+            offset = start + _PEER.size
+            while offset < end:  # an endpoint may come before; a generator would cost as much as all the rest
+                length, type_ = HEADER.unpack_from(data, offset)
+                if type_ & NLA_TYPE_MASK == PEER_ALLOWED_IPS:
+                    ips = allowedips.decode(data, offset + HEADER.size, offset + length)
+                offset += max(length + 3 & ~3, HEADER.size)
             return _made(key, preshared_key, keepalive, ips)
     view = memoryview(data)
     spans = {type_: (first + HEADER.size, last) for first, last, type_ in _walk(data, start + HEADER.size, end)}

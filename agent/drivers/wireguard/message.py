@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from agent.drivers.netlink.codec import NLA_F_NESTED, attribute, text, u32
 from agent.drivers.wireguard import allowedips
@@ -71,9 +71,14 @@ def set_listen_port(name: str, port: int) -> bytes:
     return _set_device(name) + attribute(DEVICE_LISTEN_PORT, struct.pack("=H", port))
 
 
-def set_peers(name: str, peers: Iterable[Peer]) -> Iterator[bytes]:
+def set_peers(name: str, peers: Sequence[Peer]) -> Iterator[bytes]:
     """Add the peers, or make those that exist exactly these; endpoint and counters stay."""
-    return _in_messages(name, (record for peer in peers for record in _records(peer)))
+    for start in range(0, len(peers), _PEERS_PER_MESSAGE):
+        part = peers[start : start + _PEERS_PER_MESSAGE]
+        yield from _messages(name, [_record(peer) for peer in part])
+        for peer in part:
+            if len(peer.allowed_ips) > _IPS_PER_RECORD:
+                yield from _messages(name, _more_allowed_ips(peer))
 
 
 def set_server(name: str, server: ServerPeer) -> Iterator[bytes]:
@@ -82,36 +87,32 @@ def set_server(name: str, server: ServerPeer) -> Iterator[bytes]:
         endpoint = struct.pack("=H", socket.AF_INET) + struct.pack("!H", port) + host.packed + bytes(8)
     else:
         endpoint = struct.pack("=H", socket.AF_INET6) + struct.pack("!HI", port, 0) + host.packed + bytes(4)
-    return _in_messages(name, _records(server.peer, attribute(PEER_ENDPOINT, endpoint)))
+    return _messages(name, [_record(server.peer, attribute(PEER_ENDPOINT, endpoint))])
 
 
-def remove_peers(name: str, public_keys: Iterable[bytes]) -> Iterator[bytes]:
-    return _in_messages(name, (_nest(0, _PUBLIC_KEY + key + _REMOVE_ME) for key in public_keys))
+def remove_peers(name: str, public_keys: Sequence[bytes]) -> Iterator[bytes]:
+    for start in range(0, len(public_keys), _PEERS_PER_MESSAGE):
+        part = public_keys[start : start + _PEERS_PER_MESSAGE]
+        yield from _messages(name, [_nest(0, _PUBLIC_KEY + key + _REMOVE_ME) for key in part])
 
 
 def _set_device(name: str) -> bytes:
     return GENL.pack(CMD_SET_DEVICE, VERSION) + text(DEVICE_IFNAME, name)
 
 
-def _in_messages(name: str, records: Iterable[bytes]) -> Iterator[bytes]:
-    head = _set_device(name)
-    batch: list[bytes] = []
-    size = 0
-    for record in records:
-        if batch and (len(batch) == _PEERS_PER_MESSAGE or size + len(record) > _MAX_BYTES):
-            yield head + _nest(DEVICE_PEERS, b"".join(batch))
-            batch, size = [], 0
-        batch.append(record)
-        size += len(record)
-    if batch:
-        yield head + _nest(DEVICE_PEERS, b"".join(batch))
+def _messages(name: str, records: list[bytes]) -> Iterator[bytes]:
+    content = b"".join(records)
+    if len(content) <= _MAX_BYTES:
+        yield _set_device(name) + _nest(DEVICE_PEERS, content)
+    else:
+        for record in records:
+            yield _set_device(name) + _nest(DEVICE_PEERS, record)
 
 
-def _records(peer: Peer, endpoint: bytes = b"") -> list[bytes]:
-    """One record, or several where there are very many allowed IPs: only the first replaces those that were there."""
+def _record(peer: Peer, endpoint: bytes = b"") -> bytes:
     prefixes = peer.allowed_ips
     ips = allowedips.encode(prefixes if len(prefixes) <= _IPS_PER_RECORD else prefixes[:_IPS_PER_RECORD])
-    first = _RECORD.pack(
+    fixed = _RECORD.pack(
         _RECORD.size + len(ips) + len(endpoint),
         NLA_F_NESTED,
         _PUBLIC_KEY,
@@ -124,11 +125,16 @@ def _records(peer: Peer, endpoint: bytes = b"") -> list[bytes]:
         HEADER.size + len(ips),
         PEER_ALLOWED_IPS | NLA_F_NESTED,
     )
-    records = [first + ips + endpoint]
-    for start in range(_IPS_PER_RECORD, len(prefixes), _IPS_PER_RECORD):
-        part = allowedips.encode(prefixes[start : start + _IPS_PER_RECORD])
-        records.append(_nest(0, _PUBLIC_KEY + peer.public_key + _nest(PEER_ALLOWED_IPS, part)))
-    return records
+    return fixed + ips + endpoint
+
+
+def _more_allowed_ips(peer: Peer) -> list[bytes]:
+    """What did not fit into the peer's record, in further ones that replace nothing."""
+    parts = [
+        allowedips.encode(peer.allowed_ips[start : start + _IPS_PER_RECORD])
+        for start in range(_IPS_PER_RECORD, len(peer.allowed_ips), _IPS_PER_RECORD)
+    ]
+    return [_nest(0, _PUBLIC_KEY + peer.public_key + _nest(PEER_ALLOWED_IPS, part)) for part in parts]
 
 
 def _nest(type_: int, content: bytes) -> bytes:

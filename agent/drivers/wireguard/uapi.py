@@ -26,6 +26,18 @@ _STATS = re.compile(
     r"tx_bytes=(.+)\n"
     r"rx_bytes=(.+)\n"
 )
+_PEER = re.compile(
+    r"public_key=(.{64})\n"
+    r"preshared_key=(.{64})\n"
+    r"protocol_version=1\n"
+    r"(?:endpoint=.+\n)?"
+    r"last_handshake_time_sec=.+\n"
+    r"last_handshake_time_nsec=.+\n"
+    r"tx_bytes=.+\n"
+    r"rx_bytes=.+\n"
+    r"persistent_keepalive_interval=(.+)\n"
+    r"((?:allowed_ip=.+\n)*)"
+)
 
 
 class MalformedAnswer(ValueError):
@@ -86,8 +98,15 @@ def parse_settings(answer: str) -> Settings:
     )
 
 
+def parse(answer: str) -> tuple[Settings, tuple[Peer, ...]]:
+    return parse_settings(answer), parse_peers(answer)
+
+
 def parse_peers(answer: str) -> tuple[Peer, ...]:
-    return tuple(map(_parse_peer, _blocks(answer)))
+    found = _PEER.findall(answer)
+    if len(found) != answer.count("public_key="):
+        return tuple(map(_parse_peer, _blocks(answer)))
+    return tuple([_made(*texts) for texts in found])
 
 
 def parse_stats(answer: str) -> list[PeerStats]:
@@ -115,19 +134,18 @@ def _blocks(answer: str) -> list[str]:
 
 def _parse_peer(block: str) -> Peer:
     key, _, lines = block.partition("\n")
-    preshared_key, keepalive, allowed_ips = _NO_KEY, 0, []
-    for name, value in _pairs(lines):
-        if name == "allowed_ip":
-            allowed_ips.append(value)
-        elif name == "preshared_key":
-            preshared_key = value
-        elif name == "persistent_keepalive_interval":
-            keepalive = int(value)
+    values = dict(_pairs(lines))
+    allowed_ips = "".join([f"allowed_ip={value}\n" for name, value in _pairs(lines) if name == "allowed_ip"])
+    keepalive = values.get("persistent_keepalive_interval", "0")
+    return _made(key, values.get("preshared_key", _NO_KEY), keepalive, allowed_ips)
+
+
+def _made(key: str, preshared_key: str, keepalive: str, allowed_ips: str) -> Peer:
     return Peer(
         public_key=unhexlify(key),
-        allowed_ips=tuple(allowed_ips),
+        allowed_ips=tuple(allowed_ips[len("allowed_ip=") : -1].split("\nallowed_ip=")) if allowed_ips else (),
         preshared_key=unhexlify(preshared_key) if preshared_key != _NO_KEY else None,
-        keepalive=keepalive,
+        keepalive=int(keepalive),
     )
 
 
