@@ -60,11 +60,12 @@ def kernel() -> Kernel:
     """The cached kernel; the first call downloads it"""
     if os.uname().machine != "x86_64":
         raise GuestUnavailable(f"the guest is not supported on {os.uname().machine}, only on amd64")
-    CACHE.parent.mkdir(exist_ok=True)
-    with CACHE.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not CACHE.exists():
-            _download()
+    if not CACHE.exists():
+        CACHE.parent.mkdir(exist_ok=True)
+        with CACHE.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not CACHE.exists():
+                _download()
     images = list(CACHE.glob("boot/vmlinux-*"))
     if len(images) != 1:
         raise GuestUnavailable(f"{CACHE} holds {len(images)} kernels instead of one: delete that folder and try again")
