@@ -59,7 +59,7 @@ def timed(argv: Sequence[str]) -> float:
     """Seconds of a run of the program; posix_spawn, so that the size of this process costs the other side nothing."""
     discard = [(os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0)]
     started = time.perf_counter()
-    pid = os.posix_spawnp(argv[0], argv, os.environ, file_actions=discard)
+    pid = os.posix_spawnp(argv[0], tuple(argv), os.environ, file_actions=discard)
     _, status = os.waitpid(pid, 0)
     seconds = time.perf_counter() - started
     if status:

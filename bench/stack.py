@@ -191,6 +191,11 @@ class Stack:
     def online(self) -> bool:
         return 'skynetvpn_node_up{node="fra1"} 1.0' in self.metrics_text()
 
+    def agent_connected(self) -> bool:
+        """In the agent's own words."""
+        told = self.node.namespace.run("curl", "-s", "http://127.0.0.1:9586/metrics", check=False)
+        return "\nskynetvpn_agent_connected 1\n" in told
+
     def peers_on_host(self) -> int:
         try:
             return len(self.node.run("wg", "show", INTERFACE, "peers").split())

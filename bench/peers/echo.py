@@ -16,13 +16,14 @@ class Echo(asyncio.Protocol):
         self.lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
         self._received += len(data)
         while self._received >= self._request_bytes:
             self._received -= self._request_bytes
-            self._transport.write(self._answer)  # type: ignore[attr-defined]
+            self._transport.write(self._answer)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost.set()
@@ -38,6 +39,7 @@ class Caller(asyncio.Protocol):
         self.connected = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self.connected.set()
 
@@ -49,11 +51,11 @@ class Caller(asyncio.Protocol):
 
     async def call(self, request: bytes) -> None:
         self._answered = asyncio.get_running_loop().create_future()
-        self._transport.write(request)  # type: ignore[attr-defined]
+        self._transport.write(request)
         await self._answered
 
     def close(self) -> None:
-        self._transport.close()  # type: ignore[attr-defined]
+        self._transport.close()
 
 
 async def main(host: str, port: int, request_bytes: int, answer_bytes: int) -> None:
