@@ -1,0 +1,188 @@
+"""The kernel's messages: what we pack is what another implementation reads, and every layout of a dump is read."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+from collections.abc import Iterable
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyroute2.netlink.generic.wireguard import wgmsg
+
+from agent.drivers.netlink.codec import HEADER_BYTES, MalformedMessage, attribute, nested
+from agent.drivers.wireguard import dump, message
+from agent.drivers.wireguard.linux import GENL
+from agent.drivers.wireguard.server import ServerPeer
+from shared.desired import Peer
+from shared.keys import PresharedKey, PublicKey, encode_key
+from shared.protocol import PeerStats
+from tests.agent.drivers.wireguard.strategies import peer_lists, peers
+
+counters = st.integers(0, (1 << 63) - 1)
+
+
+def named(attributes: Any) -> dict[str, Any]:
+    return {slot[0]: slot[1] for slot in attributes}
+
+
+def packed_peers(requests: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Read requests with an independent decoder."""
+    found = []
+    for request in requests:
+        parsed = wgmsg(struct.pack("=IHHII", HEADER_BYTES + len(request), 0, 0, 0, 0) + request)
+        parsed.decode()
+        values = named(parsed["attrs"])
+        assert values["WGDEVICE_A_IFNAME"] == "wg0"
+        found += [named(peer["attrs"]) for peer in values["WGDEVICE_A_PEERS"]]
+    return found
+
+
+def allowed_ips(values: dict[str, Any]) -> list[str]:
+    return [str(ip_network(entry["addr"])) for entry in values.get("WGPEER_A_ALLOWEDIPS", [])]
+
+
+@given(peer_lists)
+def test_peers_are_packed_as_another_decoder_reads_them(wanted: list[Peer]) -> None:
+    found = packed_peers(message.set_peers("wg0", wanted))
+    assert len(found) == len(wanted)
+    for values, peer in zip(found, wanted, strict=True):
+        assert values["WGPEER_A_PUBLIC_KEY"] == encode_key(peer.public_key).encode()
+        assert values["WGPEER_A_PRESHARED_KEY"] == encode_key(peer.preshared_key or bytes(32)).encode()
+        assert values["WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL"] == peer.keepalive
+        assert values["WGPEER_A_FLAGS"] == 2
+        assert allowed_ips(values) == list(peer.allowed_ips)
+
+
+@given(st.lists(st.binary(min_size=32, max_size=32), max_size=200))
+def test_removals_name_every_key_once(keys: list[bytes]) -> None:
+    found = packed_peers(message.remove_peers("wg0", keys))
+    assert [values["WGPEER_A_PUBLIC_KEY"] for values in found] == [encode_key(key).encode() for key in keys]
+    assert all(values["WGPEER_A_FLAGS"] == 1 for values in found)
+
+
+def test_very_many_allowed_ips_are_split_and_only_the_first_part_replaces() -> None:
+    wide = Peer(public_key=b"k" * 32, allowed_ips=tuple(f"10.{n >> 8}.{n & 255}.0/24" for n in range(3000)))
+    requests = list(message.set_peers("wg0", [wide]))
+    found = packed_peers(requests)
+    assert [prefix for values in found for prefix in allowed_ips(values)] == list(wide.allowed_ips)
+    assert [values.get("WGPEER_A_FLAGS") for values in found] == [2, None, None, None, None, None]
+    assert max(map(len, requests)) < 65535
+
+
+def test_many_wide_peers_never_overflow_a_message() -> None:
+    wide = [
+        Peer(public_key=bytes([number]) * 32, allowed_ips=tuple(f"fd{number:02x}::{n:x}/128" for n in range(1, 400)))
+        for number in range(100)
+    ]
+    requests = list(message.set_peers("wg0", wide))
+    assert max(map(len, requests)) < 65535
+    assert [tuple(allowed_ips(values)) for values in packed_peers(requests)] == [peer.allowed_ips for peer in wide]
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1"])
+def test_the_server_is_set_with_its_endpoint(host: str) -> None:
+    server = ServerPeer(PublicKey(b"k" * 32), (ip_address(host), 51820), preshared_key=PresharedKey(b"p" * 32))
+    (values,) = packed_peers(message.set_server("wg0", server))
+    assert (values["WGPEER_A_ENDPOINT"]["addr"], values["WGPEER_A_ENDPOINT"]["port"]) == (host, 51820)
+    assert values["WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL"] == 25
+    assert allowed_ips(values) == ["0.0.0.0/0", "::/0"]
+    assert str(b"p" * 32) not in repr(server)
+
+
+# --- dumps ---
+
+
+def endpoint_of(text: str) -> bytes:
+    host, _, port = text.rpartition(":")
+    if host.startswith("["):
+        packed = socket.inet_pton(socket.AF_INET6, host.strip("[]"))
+        return struct.pack("=H", socket.AF_INET6) + struct.pack("!HI", int(port), 0) + packed + bytes(4)
+    return struct.pack("=H", socket.AF_INET) + struct.pack("!H", int(port)) + socket.inet_aton(host) + bytes(8)
+
+
+def allowed_ip(prefix: str, shuffle: random.Random | None = None) -> bytes:
+    network = ip_network(prefix)
+    family = socket.AF_INET if network.version == 4 else socket.AF_INET6
+    values = [
+        attribute(3, bytes([network.prefixlen])),
+        attribute(1, struct.pack("=H", family)),
+        attribute(2, network.network_address.packed),
+    ]
+    if shuffle:
+        shuffle.shuffle(values)
+    return nested(0, *values)
+
+
+def record(peer: Peer, stats: PeerStats, shuffle: random.Random | None = None) -> bytes:
+    """A peer as the kernel writes it, or with its attributes in another order and one that nobody knows yet."""
+    values = [
+        attribute(1, peer.public_key),
+        attribute(2, peer.preshared_key or bytes(32)),
+        attribute(6, struct.pack("=qq", stats.handshake, 5)),
+        attribute(5, struct.pack("=H", peer.keepalive)),
+        attribute(8, struct.pack("=Q", stats.tx)),
+        attribute(7, struct.pack("=Q", stats.rx)),
+        attribute(10, struct.pack("=I", 1)),
+        *([attribute(4, endpoint_of(stats.endpoint))] if stats.endpoint else []),
+        *([nested(9, *(allowed_ip(prefix, shuffle) for prefix in peer.allowed_ips))] if peer.allowed_ips else []),
+    ]
+    if shuffle:
+        values.append(attribute(77, b"new"))
+        shuffle.shuffle(values)
+    return nested(0, *values)
+
+
+def part(*records: bytes) -> bytes:
+    return GENL.pack(0, 1) + attribute(2, b"wg0\0") + nested(8, *records)
+
+
+def stats_of(peer: Peer) -> st.SearchStrategy[PeerStats]:
+    endpoints = st.sampled_from(["", "192.0.2.7:51820", "[2001:db8::7]:1"])
+    return st.builds(PeerStats, st.just(peer.public_key), counters, counters, counters, endpoints)
+
+
+both = peer_lists.flatmap(
+    lambda found: st.tuples(*map(stats_of, found)).map(lambda stats: list(zip(found, stats, strict=True)))
+)
+
+
+@given(both, st.none() | st.randoms(), st.integers(1, 5))
+def test_a_dump_is_read_whatever_its_layout_and_its_messages(
+    wanted: list[tuple[Peer, PeerStats]], shuffle: random.Random | None, size: int
+) -> None:
+    records = [record(peer, stats, shuffle) for peer, stats in wanted]
+    messages = [part(*records[start : start + size]) for start in range(0, len(records), size)]
+    assert dump.parse_peers(messages) == tuple(peer for peer, _ in wanted)
+    assert dump.parse_stats(messages) == [stats for _, stats in wanted]
+
+
+@given(peers.filter(lambda peer: len(peer.allowed_ips) > 1), st.data())
+def test_a_peer_split_over_messages_is_one_peer(peer: Peer, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(peer.allowed_ips)))
+    stats = PeerStats(peer.public_key, 1, 2, 3)
+    first = Peer(
+        public_key=peer.public_key,
+        allowed_ips=peer.allowed_ips[:cut],
+        preshared_key=peer.preshared_key,
+        keepalive=peer.keepalive,
+    )
+    rest = nested(0, attribute(1, peer.public_key), nested(9, *map(allowed_ip, peer.allowed_ips[cut:])))
+    messages = [part(record(first, stats)), part(rest)]
+    assert dump.parse_peers(messages) == (peer,)
+    assert dump.parse_stats(messages) == [stats]
+
+
+@given(both.filter(bool), st.data())
+def test_a_dump_that_was_cut_is_an_error_and_never_a_crash(
+    wanted: list[tuple[Peer, PeerStats]], data: st.DataObject
+) -> None:
+    whole = part(*[record(peer, stats) for peer, stats in wanted])
+    cut = whole[: data.draw(st.integers(24, len(whole) - 1))]
+    for parse in (dump.parse_stats, dump.parse_peers):
+        with pytest.raises(MalformedMessage):
+            parse([cut])
