@@ -126,6 +126,9 @@ class Link:
                 self._counters.connected = False
                 self._outbox.close()
                 self._disconnected()
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                # Python 3.11's TaskGroup raises only a child's error where both came at once; to go on would be for ever.
+                raise asyncio.CancelledError
             await asyncio.sleep(self._backoff.next() if delay is None else delay)
 
     def reconnect(self) -> None:

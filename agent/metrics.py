@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 from aiohttp import web
 
-from agent.config import split_address
 from agent.counters import Counters
 from agent.errors import AgentError
 from shared.desired import Peer
@@ -51,8 +50,8 @@ def render_peers(interface: str, stats: Mapping[bytes, PeerStats], peers: Mappin
 
 
 class MetricsServer:
-    def __init__(self, address: str, lines: Callable[[], Iterator[str]], healthy: Callable[[], bool]) -> None:
-        self._host, self._port = split_address(address)
+    def __init__(self, host: str, port: int, lines: Callable[[], Iterator[str]], healthy: Callable[[], bool]) -> None:
+        self._host, self._port = host, port
         self._lines, self._healthy = lines, healthy
         self._runner: web.AppRunner | None = None
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import structlog
 
-from agent.config import Config
+from agent.config import Config, split_address
 from agent.counters import Counters
 from agent.drivers.base import FirewallDriver, WireGuardDriver
 from agent.drivers.nftables import Nftables
@@ -79,7 +79,9 @@ class Agent:
             counters=self.counters,
         )
         self.renewal = Renewal(self.identity, self.outbox, self.link.reconnect)
-        self.metrics = MetricsServer(config.metrics, self._lines(), self.reconciler.alive) if config.metrics else None
+        self.metrics: MetricsServer | None = None
+        if config.metrics:
+            self.metrics = MetricsServer(*split_address(config.metrics), self._lines(), self.reconciler.alive)
 
     async def run(self, stop: asyncio.Event, notifier: Notifier) -> None:
         """Serve until `stop` is set; what runs on the host stays."""

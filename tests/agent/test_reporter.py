@@ -1,0 +1,128 @@
+"""Counters are read in time, only news is sent, and what has no answer is sent again."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from agent.drivers.base import DriverError
+from agent.link import Outbox
+from agent.load import LoadReader
+from agent.reporter import Reporter
+from shared.protocol import Frame, PeerStats, Report
+from tests.agent.fleet import INTERFACE, Node, delta, peer, snapshot, welcome
+from tests.agent.model_host import ModelPeer
+
+PEERS = [peer(number) for number in range(5)]
+
+
+class Reports:
+    def __init__(self, node: Node) -> None:
+        self.node, self.outbox = node, Outbox()
+        self.queue = self.outbox.open()
+        self.reporter = Reporter(
+            reconciler=node.reconciler,
+            state=node.state,
+            outbox=self.outbox,
+            counters=node.counters,
+            load=LoadReader(capacity_mbit=1000, max_peers=100, proc=Path("/nowhere")),
+            boot_id="boot",
+            clock=lambda: node.now,
+        )
+
+    def peer(self, number: int) -> ModelPeer:
+        return self.node.wireguard.devices["wg0"].peers[PEERS[number].public_key]
+
+    async def poll(self) -> list[PeerStats]:
+        """Read once; the peers that were reported."""
+        await self.reporter.poll()
+        return [peer for report in self.sent() for peer in report.peers]
+
+    def sent(self) -> list[Report]:
+        frames: list[Frame | None] = []
+        while not self.queue.empty():
+            frames.append(self.queue.get_nowait())
+        self.last = [frame for frame in frames if isinstance(frame, Report)]
+        return self.last
+
+
+@pytest.fixture
+async def reports(tmp_path: Path) -> AsyncIterator[Reports]:
+    async with Node(tmp_path) as node:
+        await node.send(welcome(), snapshot([INTERFACE, *PEERS]))
+        yield Reports(node)
+
+
+async def test_only_peers_with_news_are_reported(reports: Reports) -> None:
+    assert await reports.poll() == []
+    reports.peer(1).rx = 10
+    (found,) = await reports.poll()
+    assert (found.public_key, found.rx) == (PEERS[1].public_key, 10)
+    assert await reports.poll() == []
+    reports.peer(1).tx = 5
+    assert [item.tx for item in await reports.poll()] == [5]
+
+
+async def test_report_names_the_boot_and_the_generation_of_the_interface(reports: Reports) -> None:
+    reports.peer(1).rx = 10
+    await reports.poll()
+    assert (reports.last[0].boot_id, reports.last[0].generation) == ("boot", "generation-1")
+
+
+async def test_unanswered_reports_are_sent_again_and_answered_ones_are_not(reports: Reports) -> None:
+    reports.peer(1).rx = 10
+    await reports.poll()
+    reports.reporter.received(reports.last[0].sequence)
+    reports.peer(2).rx = 20
+    await reports.poll()
+    reports.reporter.disconnected()
+    assert [item.public_key for item in await reports.poll()] == [PEERS[2].public_key]
+
+
+async def test_interface_made_anew_is_noticed_before_its_counters_are_reported(reports: Reports) -> None:
+    reports.peer(1).rx = 1000
+    await reports.poll()
+    reports.node.wireguard.devices.clear()
+    reports.node.wireguard.create(INTERFACE, None)
+    await reports.node.wireguard.apply_peers("wg0", PEERS)
+    assert await reports.poll() == []
+    reports.peer(1).rx = 7
+    assert [item.rx for item in await reports.poll()] == [7]
+    assert reports.last[0].generation == "generation-2"
+
+
+async def test_peer_that_was_removed_and_added_again_starts_over(reports: Reports) -> None:
+    reports.peer(1).rx = 1000
+    await reports.poll()
+    await reports.node.send(delta(1, 2, removals=[PEERS[1]]))
+    await reports.poll()
+    await reports.node.send(delta(2, 3, [PEERS[1]]))
+    reports.peer(1).rx = 3
+    assert [item.rx for item in await reports.poll()] == [3]
+
+
+async def test_sessions_are_counted_from_handshakes(reports: Reports) -> None:
+    reports.peer(1).handshake = int(reports.node.now)
+    await reports.poll()
+    assert reports.node.counters.sessions == 1
+    reports.node.now += 200
+    await reports.poll()
+    assert reports.node.counters.sessions == 0
+
+
+async def test_host_that_does_not_answer_is_survived(reports: Reports) -> None:
+    reports.node.wireguard.failing["stats"] = DriverError("interrupted")
+    assert await reports.poll() == []
+    reports.node.wireguard.failing.clear()
+    reports.peer(1).rx = 1
+    assert len(await reports.poll()) == 1
+
+
+async def test_without_a_link_nothing_is_counted_as_reported(reports: Reports) -> None:
+    reports.outbox.close()
+    reports.peer(1).rx = 1
+    await reports.poll()
+    reports.queue = reports.outbox.open()
+    assert len(await reports.poll()) == 1
