@@ -127,7 +127,7 @@ class Link:
                 self._outbox.close()
                 self._disconnected()
             if (task := asyncio.current_task()) is not None and task.cancelling():
-                # Python 3.11's TaskGroup raises only a child's error where both came at once; to go on would be for ever.
+                # Where both come at once, Python 3.11's TaskGroup raises only the child's error: we would never end.
                 raise asyncio.CancelledError
             await asyncio.sleep(self._backoff.next() if delay is None else delay)
 
