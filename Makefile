@@ -1,5 +1,6 @@
 # make help lists the targets. Each one installs what it needs; as root also the Debian packages.
 .DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SYSTEM := requirements/install-system
@@ -43,7 +44,9 @@ pytest: install
 test-kernel: install ## the tests that need WireGuard in the kernel, in a virtual machine
 	@$(SYSTEM) $(TEST_PACKAGES)
 	@tests/vm/setup
-	@tests/vm/run -t 900 -- $(PYTHON) -m pytest -q -m kernel -p no:cacheprovider
+	@# Collected outside first: this writes the byte code that the slow guest would compile anew each time.
+	@env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -m pytest --collect-only -q -m kernel >/dev/null
+	@tests/vm/run -t 1200 -- $(PYTHON) -m pytest -q -m kernel -o timeout=600
 
 bench: install ## measures against the named peers; JSON in bench/results
 	@$(SYSTEM) $(BENCH_PACKAGES)
