@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import ssl
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +63,7 @@ from shared.protocol import (
 
 T = TypeVar("T", bound=Frame)
 DEADLINE = 20.0
+_SMALL_BUFFER = 65536  # so that a node that does not read is noticed after little data
 QUICK = Intervals(sweep=0.2, check=0.2, flush=0.05, purge=0.2)
 NEVER = Intervals(sweep=3600, check=3600, flush=0.05, purge=3600)
 
@@ -72,6 +73,13 @@ async def until(condition: Callable[[], object], deadline: float = DEADLINE) -> 
     async with asyncio.timeout(deadline):
         while not condition():  # noqa: ASYNC110 - the condition is anybody's
             await asyncio.sleep(0.005)
+
+
+async def eventually(condition: Callable[[], Awaitable[object]], deadline: float = DEADLINE) -> None:
+    """Wait until the condition, which has to ask somebody, holds."""
+    async with asyncio.timeout(deadline):
+        while not await condition():  # noqa: ASYNC110 - the condition is anybody's
+            await asyncio.sleep(0.01)
 
 
 @dataclass(slots=True)
@@ -92,6 +100,9 @@ class NodePort:
 
     def value(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
+
+    async def problem(self, name: str = "node-1") -> str | None:
+        return next(node.problem for node in await self.fleet.nodes() if node.name == name)
 
     async def enrolled(self, name: str = "node-1") -> FakeAgent:
         token = await self.fleet.issue_join_token(NodeSpec(name=name, country="DE", city="Berlin"))
@@ -140,8 +151,9 @@ async def node_port(
     application = node_application(hub, identities, authority, enrolments_per_minute=enrolments_per_minute)
     runner = web.AppRunner(application, shutdown_timeout=2)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls.context, reuse_address=True)
-    await site.start()
+    listener = socket.create_server(("127.0.0.1", port))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALL_BUFFER)  # accepted sockets inherit it
+    await web.SockSite(runner, listener, ssl_context=tls.context).start()
     assert runner.addresses
     fleet = Fleet(database, authority.pin, wanted)
     tasks = [asyncio.create_task(hub.run()), asyncio.create_task(servers.run()), asyncio.create_task(tls.run())]
@@ -350,7 +362,17 @@ class FakeAgent:
         await self.send(Applied(scope=scope, revision=revision, digest=self.digest(scope)))
 
     def _client(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(f"https://127.0.0.1:{self.port}", timeout=aiohttp.ClientTimeout(total=DEADLINE))
+        return aiohttp.ClientSession(
+            f"https://127.0.0.1:{self.port}",
+            timeout=aiohttp.ClientTimeout(total=DEADLINE),
+            connector=aiohttp.TCPConnector(socket_factory=_small_socket),
+        )
+
+
+def _small_socket(address: Any) -> socket.socket:
+    made = socket.socket(address[0], address[1], address[2])
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SMALL_BUFFER)
+    return made
 
 
 def signing_request(key: Any, name: str = "host", *extensions: x509.ExtensionType) -> bytes:
@@ -360,7 +382,3 @@ def signing_request(key: Any, name: str = "host", *extensions: x509.ExtensionTyp
         builder = builder.add_extension(extension, critical=False)
     algorithm = None if type(key).__name__.startswith("Ed25519") else hashes.SHA256()
     return builder.sign(key, algorithm).public_bytes(Encoding.PEM)
-
-
-def hours(count: float) -> timedelta:
-    return timedelta(hours=count)

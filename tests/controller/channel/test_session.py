@@ -12,12 +12,12 @@ from shared.protocol import PROTOCOL_VERSION, Applied, Failure, Hello, Refused, 
 SCOPE, DIGEST = "node:1", b"d" * 16
 
 
-def greeted(epoch: str = "e", confirmed: tuple[str, ...] = (), **revisions: int) -> Session:
+def greeted(epoch: str = "e", at: int | None = None) -> Session:
     session = Session("1", "e", (SCOPE,))
-    known = {SCOPE: revision for revision in revisions.values()}
+    known = {SCOPE: at} if at is not None else {}
     hello = Hello(version=PROTOCOL_VERSION, agent="a", boot_id="b", epoch=epoch, revisions=known)
     session.check(hello)
-    session.hello(hello, confirmed)
+    session.hello(hello)
     return session
 
 
@@ -38,9 +38,9 @@ def test_nothing_is_wanted_before_the_hello() -> None:
     assert session.wanted() is None
 
 
-@pytest.mark.parametrize(("epoch", "revisions"), [("other", {"at": 7}), ("", {}), ("e", {})])
-def test_another_history_or_none_needs_the_whole(epoch: str, revisions: dict[str, int]) -> None:
-    assert greeted(epoch, **revisions).wanted() == Wanted(SCOPE, None)
+@pytest.mark.parametrize(("epoch", "at"), [("other", 7), ("", None), ("e", None)])
+def test_another_history_or_none_needs_the_whole(epoch: str, at: int | None) -> None:
+    assert greeted(epoch, at).wanted() == Wanted(SCOPE, None)
 
 
 @pytest.mark.parametrize("boot_id", ["", "a b", "a\nb", "x" * 65, "ü"])

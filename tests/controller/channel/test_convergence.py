@@ -1,0 +1,212 @@
+"""Whatever is lost, repeated or restarted, the node ends up with exactly what the database says."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from controller.channel.pushes import Pushes
+from controller.channel.session import Session
+from controller.desired import service as desired
+from controller.desired.service import Changes, State
+from controller.store.database import Committed, open_database
+from controller.store.schema import metadata
+from shared.desired import Kind, Peer
+from shared.protocol import Applied, Frame, Resync, decode_from_controller, encode
+from tests.support.node_port import FakeAgent
+
+SCOPE = "node:1"
+KEYS = st.lists(st.integers(0, 11), min_size=1, max_size=4, unique=True)
+
+
+class ModelAgent(FakeAgent):
+    """An agent whose frames wait to be carried, or lost."""
+
+    def __init__(self) -> None:
+        super().__init__(0, b"")
+        self.outgoing: list[Frame] = []
+
+    async def send(self, frame: Frame) -> None:
+        self.outgoing.append(frame)
+
+
+def peer(number: int, address: int) -> Peer:
+    return Peer(public_key=bytes([number + 1]) * 32, allowed_ips=(f"10.66.{address}.{number + 1}/32",))
+
+
+class Convergence(RuleBasedStateMachine):
+    """The session, the pushes and the database are the real ones; the wire between is this machine's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.runner = asyncio.Runner()
+        self.database = open_database(f"sqlite+aiosqlite:///{Path(self.folder.name) / 'controller.db'}")
+        self.epochs = 1
+        self.deliver_pokes = True
+        self.clock = 0.0
+        self.agent = ModelAgent()
+        self.backup: tuple[str, dict[str, int], dict[tuple[str, str], Any], int] = ("", {}, {}, 0)
+        self.session: Session | None = None
+        self.wire: list[bytes] = []
+        self.acknowledged = 0
+        self.run(self._create())
+        self.pushes = Pushes(self.database, self.epoch)
+        self.database.listen(self._committed)
+
+    @property
+    def epoch(self) -> str:
+        return f"epoch {self.epochs}"
+
+    def run(self, work: Any) -> Any:
+        return self.runner.run(work)
+
+    async def _create(self) -> None:
+        async with self.database.engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+
+    def _committed(self, committed: Committed) -> None:
+        if self.deliver_pokes and self.session is not None:
+            self.pushes.changed(SCOPE, [note for note in committed.notes if isinstance(note, Changes)])
+            self.session.poke(SCOPE, self.clock)
+
+    async def _put(self, numbers: list[int], address: int) -> None:
+        async with self.database.transaction() as tx:
+            await desired.put(tx, SCOPE, [peer(number, address) for number in numbers])
+
+    async def _remove(self, numbers: list[int]) -> None:
+        async with self.database.transaction() as tx:
+            await desired.remove(tx, SCOPE, Kind.WIREGUARD_PEER, [peer(number, 0).key for number in numbers])
+
+    async def _state(self) -> State:
+        async with self.database.connect() as connection:
+            return await desired.state(connection, SCOPE)
+
+    @rule(numbers=KEYS, address=st.integers(0, 3), poke=st.booleans())
+    def put(self, numbers: list[int], address: int, poke: bool) -> None:
+        self.deliver_pokes = poke
+        self.run(self._put(numbers, address))
+
+    @rule(numbers=KEYS, poke=st.booleans())
+    def remove(self, numbers: list[int], poke: bool) -> None:
+        self.deliver_pokes = poke
+        self.run(self._remove(numbers))
+
+    @rule()
+    def connect(self) -> None:
+        """Also when connected: what was on the way is lost."""
+        self.wire.clear()
+        self.agent.outgoing.clear()
+        self.pushes.forget(SCOPE)
+        self.session = Session("1", self.epoch, (SCOPE,))
+        hello = self.agent.hello()
+        self.session.check(hello)
+        self.wire.append(encode(self.session.hello(hello)))
+
+    @precondition(lambda self: self.session is not None)
+    @rule()
+    def disconnect(self) -> None:
+        self.session = None
+        self.wire.clear()
+        self.agent.outgoing.clear()
+
+    @precondition(lambda self: self.session is not None)
+    @rule()
+    def sweep(self) -> None:
+        assert self.session is not None
+        if self.session.compare(SCOPE, self.run(self._state()).revision, self.clock):
+            self.pushes.changed(SCOPE)
+
+    @precondition(lambda self: self.session is not None)
+    @rule(shared=st.booleans())
+    def push(self, shared: bool) -> None:
+        assert self.session is not None
+        if (wanted := self.session.wanted()) is not None:
+            push = self.run(self.pushes.get(wanted, shared))
+            if self.session.pushing(SCOPE, push.revision, push.digest):
+                self.wire += push.frames
+
+    @precondition(lambda self: self.wire)
+    @rule(twice=st.booleans())
+    def carry_to_the_node(self, twice: bool) -> None:
+        frame = decode_from_controller(self.wire.pop(0))
+        assert frame is not None
+        for _ in range(2 if twice else 1):
+            self.run(self.agent.take(frame))
+
+    @precondition(lambda self: self.agent.outgoing and self.session is not None)
+    @rule()
+    def carry_to_the_controller(self) -> None:
+        assert self.session is not None
+        self.clock += 61  # time for the next repair
+        match self.agent.outgoing.pop(0):
+            case Applied() as applied:
+                answer = self.session.applied(applied, self.clock)
+                if answer is not None:
+                    assert not answer.mismatch
+                    self.acknowledged = answer.revision
+            case Resync() as resync:
+                self.session.resync(resync, self.clock)
+
+    @rule()
+    def purge(self) -> None:
+        async def purge() -> None:
+            async with self.database.transaction() as tx:
+                await desired.purge(tx, SCOPE, self.acknowledged)
+
+        self.run(purge())
+
+    @rule()
+    def back_up_the_node(self) -> None:
+        agent = self.agent
+        self.backup = (
+            agent.epoch,
+            dict(agent.revisions),
+            dict(agent.resources.get(SCOPE, {})),
+            agent._sums.get(SCOPE, 0),
+        )
+
+    @rule()
+    def restore_the_node(self) -> None:
+        self.agent.epoch, self.agent.revisions = self.backup[0], dict(self.backup[1])
+        self.agent.resources, self.agent._sums = {SCOPE: dict(self.backup[2])}, {SCOPE: self.backup[3]}
+        self.connect()
+
+    @rule()
+    def restore_the_controller(self) -> None:
+        self.epochs += 1
+        self.pushes = Pushes(self.database, self.epoch)
+        self.connect()
+
+    @invariant()
+    def the_node_has_what_its_revision_means(self) -> None:
+        state = self.run(self._state())
+        if self.agent.epoch == self.epoch and self.agent.revisions.get(SCOPE) == state.revision:
+            assert self.agent.digest(SCOPE) == state.digest
+
+    def teardown(self) -> None:
+        self.connect()
+        self.sweep()
+        for _ in range(20):
+            self.push(shared=False)
+            while self.wire:
+                self.carry_to_the_node(twice=False)
+            while self.agent.outgoing:
+                self.carry_to_the_controller()
+        state = self.run(self._state())
+        assert self.agent.revisions[SCOPE] == state.revision
+        assert set(self.agent.resources[SCOPE]) == {(item.kind, item.key) for item in state.resources}
+        assert self.agent.digest(SCOPE) == state.digest
+        self.run(self.database.close())
+        self.runner.close()
+        self.folder.cleanup()
+
+
+TestConvergence = Convergence.TestCase
+TestConvergence.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
