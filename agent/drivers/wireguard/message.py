@@ -41,7 +41,7 @@ from shared.keys import KEY_BYTES, PrivateKey
 
 # The kernel holds its network lock (RTNL) for a whole message, about 30 µs per new peer: others wait less with few
 # peers in one, and the round trips cost less with many.
-_PEERS_PER_MESSAGE = 48
+_PEERS_PER_MESSAGE = 64
 # An attribute's length has 16 bits: some 2,300 allowed IPs in one nest would wrap it around.
 _IPS_PER_RECORD = 500
 _MAX_BYTES = 48_000

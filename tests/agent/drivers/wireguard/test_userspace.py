@@ -55,8 +55,11 @@ def program(host: Namespace, name: str) -> int:
 
 
 def pipes(pid: int) -> set[str]:
-    links = {str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()}
-    return {link for link in links if link.startswith("pipe:")}
+    found = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
+            found.add(str(path.readlink()))
+    return {link for link in found if link.startswith("pipe:")}
 
 
 async def kill_program(host: Namespace, name: str) -> None:
