@@ -1,4 +1,4 @@
-"""python -m bench [ROW …] [--quick]: measures, prints a table, writes JSON. A missed goal is told, not an error."""
+"""python -m bench [ROW …] [--quick | --publish]: measures, prints a table, writes JSON. A missed goal is no error."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import structlog
 
 from agent.drivers.wireguard import Backend
 from bench import api, kernel, memory, push, tunnel, wireguard
-from bench.harness import Result, machine, not_measured, save, table
+from bench.harness import Result, machine, markdown, not_measured, published, save, table
 
 _RESULTS = Path(__file__).resolve().parent / "results"
+_PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 _NEEDED = ("ip", "nsenter", "wg", "wireguard-go", "nft", "curl", "taskset")
 
 
@@ -37,7 +38,10 @@ ROWS: dict[str, Callable[..., list[Result]]] = {
 
 
 def main() -> int:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if options.publish and (options.rows or options.quick):
+        parser.error("--publish needs all rows at their full size")
     if os.geteuid() != 0:
         print("bench makes network namespaces and needs root", file=sys.stderr)
         return 1
@@ -58,6 +62,8 @@ def main() -> int:
     print(f"\n{table(results)}\n")
     print(f"{', '.join(f'{key} {value}' for key, value in described.items())}")
     print(f"written to {save(results, _RESULTS, moment, described)}")
+    if options.publish:
+        _PAGE.write_text(published(_PAGE.read_text(), markdown(results, described, moment)))
     return 0
 
 
@@ -76,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", choices=[*ROWS, []], help=f"{', '.join(ROWS)} (all)")
     parser.add_argument("--quick", action="store_true", help="small sizes, few pairs, no virtual machine: does it work")
+    parser.add_argument("--publish", action="store_true", help="put the figures into docs/performance.md as well")
     return parser
 
 

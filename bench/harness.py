@@ -13,6 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+_BEGIN, _END = "<!-- figures -->", "<!-- end of figures -->"
+
 Side = Callable[[], Awaitable[float]]  # one run of one side: what it took, or achieved
 
 
@@ -172,6 +174,24 @@ def save(results: Sequence[Result], directory: Path, moment: datetime, described
     rows = [asdict(result) | {"met": result.met} for result in results]
     path.write_text(json.dumps({"at": moment.isoformat(), "machine": described, "results": rows}, indent=1) + "\n")
     return path
+
+
+def markdown(results: Sequence[Result], described: dict[str, Any], moment: datetime) -> str:
+    """The figures as a Markdown table, under the machine that they are from."""
+    head = ("row", "measure", "ours", "against", "theirs", "ratio", "goal", "met")
+    lines = [head, tuple("---" for _ in head), *map(_cells, results)]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    machine_text = ", ".join(f"{key} {value}" for key, value in described.items())
+    return f"{moment:%Y-%m-%d}: {machine_text}.\n\n{rows}\n"
+
+
+def published(page: str, figures: str) -> str:
+    """The page with these figures between its marks."""
+    before, begin, rest = page.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"the page has no {_BEGIN} … {_END}")
+    return f"{before}{begin}\n{figures}{end}{after}"
 
 
 def load_results(text: str) -> list[Result]:

@@ -186,7 +186,14 @@ class Stack:
 
     def wait_applied(self) -> None:
         """Until the interface has every peer, and the controller knows that the node is there."""
-        wait_until(lambda: self.peers_on_host() >= self.count and self.online(), _PATIENCE)
+
+        def there() -> bool:
+            assert self.agent is not None
+            if self.agent.poll() is not None:
+                raise RuntimeError("the agent ended")
+            return self.peers_on_host() >= self.count and self.online()
+
+        wait_until(there, _PATIENCE)
 
     def online(self) -> bool:
         return 'skynetvpn_node_up{node="fra1"} 1.0' in self.metrics_text()

@@ -16,8 +16,10 @@ from bench.harness import (
     dump_results,
     interleaved,
     load_results,
+    markdown,
     not_measured,
     percentile,
+    published,
     save,
     table,
 )
@@ -118,6 +120,22 @@ def test_the_file_has_every_pair_and_the_machine(tmp_path: Path) -> None:
     assert written["machine"] == {"cores": 2}
     assert written["results"][0]["pairs"] == [[1.0, 2.0], [1.0, 4.0]]
     assert written["results"][0]["met"] is True
+
+
+def test_figures_replace_those_of_the_last_run_and_nothing_else() -> None:
+    figures = markdown(
+        [compared("fast", "apply", "s", [(1.0, 2.0)], against="wg", goal=Goal(at_most=1.0))],
+        {"cpu": "one", "cores": 2},
+        datetime(2026, 1, 2, tzinfo=UTC),
+    )
+    page = "before\n<!-- figures -->\nold\n<!-- end of figures -->\nafter\n"
+    written = published(page, figures)
+    assert written.startswith("before\n<!-- figures -->\n2026-01-02: cpu one, cores 2.\n")
+    assert "| fast | apply | 1 s | wg | 2 s | 0.5 × (ours / theirs) | ≤ 1 × | yes |\n<!-- end" in written
+    assert written.endswith("<!-- end of figures -->\nafter\n") and "old" not in written
+    assert published(written, figures) == written
+    with pytest.raises(ValueError, match="figures"):
+        published("a page without marks", figures)
 
 
 def test_both_sides_get_the_same_peers(tmp_path: Path) -> None:
