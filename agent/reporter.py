@@ -82,7 +82,8 @@ class Reporter:
             log.warning("report_not_numbered", error=str(error))
 
     def received(self, sequence: int) -> None:
-        self._pending.pop(sequence, None)
+        """The controller has stored the reports up to this one."""
+        self._pending = {number: sent for number, sent in self._pending.items() if number > sequence}
 
     def disconnected(self) -> None:
         """Whatever has no answer by now is sent again on the next link; counters are cumulative, twice is harmless."""

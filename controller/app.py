@@ -86,6 +86,7 @@ async def services(config: Config) -> AsyncIterator[Services]:
         ipv4_pool=pool.ipv4,
         ipv6_pool=pool.ipv6,
         wireguard_port=config.tunnel.port,
+        mtu=config.tunnel.mtu,
         certificate_lifetime=timedelta(days=config.certificate_days),
     )
     async with AsyncExitStack() as stack:
@@ -117,6 +118,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         live.record,
         ChannelMetrics(registry),
     )
+    live.on_stored(hub.acknowledge)
     tunnels = Tunnels(
         database,
         directory,
@@ -163,6 +165,7 @@ async def serve(config: Config) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with services(config) as opened:
         controller = await compose(opened, config, registry)
+        await opened.fleet.apply_settings()
         await controller.directory.refresh()
         await controller.live.load()
         async with asyncio.TaskGroup() as tasks:

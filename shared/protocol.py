@@ -163,7 +163,7 @@ class Snapshot(Frame, frozen=True, kw_only=True, tag="snapshot"):
 
 
 class Received(Frame, frozen=True, kw_only=True, tag="received"):
-    """The report with this sequence is stored."""
+    """The reports up to this sequence are stored."""
 
     sequence: Count
 

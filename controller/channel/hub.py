@@ -25,7 +25,7 @@ from controller.fleet.nodes import NodeStatus
 from controller.fleet.progress import Progress
 from controller.store.database import Committed, Database, StoreUnavailable, Topic
 from controller.store.types import now
-from shared.protocol import Bye
+from shared.protocol import Bye, Received
 
 log = structlog.get_logger()
 
@@ -116,6 +116,11 @@ class Hub:
         finally:
             self._forget_waiter(node_id, scope, (revision, applied))
         return True
+
+    def acknowledge(self, node_id: str, sequence: int) -> None:
+        """The node's reports up to this one are in the database."""
+        if (live := self._live.get(node_id)) is not None:
+            live.connection.send(Received(sequence=sequence))
 
     async def serve(
         self,

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import assert_never
 
 import structlog
 
 from controller.channel.connection import Connection
 from controller.channel.metrics import ChannelMetrics
-from controller.errors import DomainError
 from controller.fleet.directory import Directory
 from controller.fleet.identities import Identities
 from controller.fleet.progress import Progress
-from shared.protocol import Applied, Drift, FromAgent, Hello, Received, Refused, Renew, Report, Resync
+from shared.protocol import Applied, Drift, FromAgent, Hello, Refused, Renew, Report, Resync
 
-OnReport = Callable[[str, Report], Awaitable[None] | None]  # takes the node's id; returns when the report is stored
+OnReport = Callable[[str, Report], None]  # takes the node's id; Hub.acknowledge is called when it is stored
 
 log = structlog.get_logger()
 
@@ -66,7 +64,7 @@ class Intake:
             case Drift():
                 self._drift(frame)
             case Report():
-                await self._report(frame)
+                self._report(frame)
             case Renew():
                 self._connection.send(await self._identities.renew(self._node, frame.csr))
             case _:
@@ -121,14 +119,7 @@ class Intake:
             changed=frame.changed,
         )
 
-    async def _report(self, frame: Report) -> None:
+    def _report(self, frame: Report) -> None:
         if frame.load is not None:
             self._directory.set_load(self._node.node_id, frame.load.total)
-        try:
-            stored = self._on_report(self._node.node_id, frame)
-            if inspect.isawaitable(stored):
-                await stored
-        except DomainError as error:  # not acknowledged: the node sends it again
-            log.warning("channel.report_not_stored", node=self._node.name, code=error.code)
-            return
-        self._connection.send(Received(sequence=frame.sequence))
+        self._on_report(self._node.node_id, frame)

@@ -31,6 +31,7 @@ class FleetSettings:
     ipv6_pool: Network | None = None
     interface: str = "sky0"
     wireguard_port: int = 51820
+    mtu: int = 1420
     join_token_lifetime: timedelta = timedelta(minutes=10)
     certificate_lifetime: timedelta = timedelta(days=7)
     promotion_grace: timedelta = timedelta(minutes=10)  # a host that lost the answer to its first use may fall back
@@ -96,6 +97,12 @@ class Fleet:
             tx.touch(Topic.NODES)
         log.info("fleet.node_status", node=name, before=before, after=status)
 
+    async def apply_settings(self) -> None:
+        """Bring every node's interface to the settings of today; where they are the same, nothing is sent."""
+        async with self._database.transaction() as tx:
+            for row in await tx.session.scalars(sa.select(NodeRow)):
+                await desired.put(tx, desired.node_scope(row.id), [self._interface(row)])
+
     async def confirm_snapshot(self, name: str) -> None:
         """Allow the removal that the node refused; the session that holds it sends the snapshot again, confirmed."""
         async with self._database.transaction() as tx:
@@ -124,15 +131,18 @@ class Fleet:
             former_boot_ids="",
         )
         tx.session.add(row)
-        pools = [pool for pool in (settings.ipv4_pool, settings.ipv6_pool) if pool is not None]
-        interface = Interface(
-            name=settings.interface,
-            listen_port=settings.wireguard_port,
-            addresses=tuple(f"{pool[1]}/{pool.prefixlen}" for pool in pools),
-        )
-        await desired.put(tx, desired.node_scope(row.id), [interface])
+        await desired.put(tx, desired.node_scope(row.id), [self._interface(row)])
         log.info("fleet.node_created", node=spec.name, node_id=row.id)
         return row
+
+    def _interface(self, row: NodeRow) -> Interface:
+        pools = [pool for pool in (self._settings.ipv4_pool, self._settings.ipv6_pool) if pool is not None]
+        return Interface(
+            name=self._settings.interface,
+            listen_port=row.wireguard_port,
+            addresses=tuple(f"{pool[1]}/{pool.prefixlen}" for pool in pools),
+            mtu=self._settings.mtu,
+        )
 
     async def _issue(self, tx: Transaction, row: NodeRow, lifetime: timedelta | None) -> str:
         await tx.session.execute(sa.delete(JoinTokenRow).where(JoinTokenRow.node_id == row.id))

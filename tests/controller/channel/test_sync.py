@@ -380,12 +380,15 @@ async def test_a_confirmation_reaches_a_node_that_was_away(port: NodePort) -> No
     await agent.close()
 
 
-async def test_a_report_is_acknowledged_once_it_is_taken_and_its_load_is_listed(port: NodePort) -> None:
+async def test_a_report_is_acknowledged_once_it_is_stored_and_its_load_is_listed(port: NodePort) -> None:
     agent, _ = await connected(port)
     load = Load(total=41.6, cpu=41.6, memory=10, bandwidth=3, peers=1)
     await agent.send(Report(sequence=3, boot_id=agent.boot_id, generation="g", load=load))
-    await until(lambda: agent.received(Received) == [Received(sequence=3)])
+    await until(lambda: port.reports)
     assert port.reports[0][0] == agent.node_id
+    assert not agent.received(Received)
+    port.hub.acknowledge(agent.node_id, 3)
+    await until(lambda: agent.received(Received) == [Received(sequence=3)])
     assert port.directory.known(agent.node_id).load == 42
     await agent.close()
 
