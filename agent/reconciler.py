@@ -5,27 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import structlog
 
+from agent.convergence import Convergence
 from agent.counters import Counters
-from agent.desired import IMPORTED, Change, Desired, Name, scope_of
-from agent.drivers.base import Device, DriverError
+from agent.desired import IMPORTED, Change, Desired, scope_of
 from agent.host import Host
-from agent.plan import Action, EnsureInterface, RemovePeer, SetPeer, plan, steps
 from agent.snapshots import Staging
 from agent.state import State, StateError, Stored
 from shared import __version__
-from shared.desired import Kind, Peer, digest_bytes
-from shared.keys import encode_key
+from shared.desired import Kind, Peer
 from shared.protocol import (
     PROTOCOL_VERSION,
     Applied,
     Delta,
-    Drift,
-    Failure,
     Frame,
     Hello,
     PeerStats,
@@ -35,8 +31,6 @@ from shared.protocol import (
     Welcome,
 )
 
-_MAX_FAILURES = 5000  # in one answer; with the longest texts it still fits a frame
-_MAX_WORDS = 500
 _BACKUP_SECONDS = 600
 _STUCK_SECONDS = 120
 
@@ -70,25 +64,18 @@ class Reconciler:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.inbox: asyncio.Queue[Welcome | Delta | Snapshot] = asyncio.Queue(64)
-        self.generation = ""
+        self.last_added = 0.0  # monotonic time at which a peer was added that may be waited for
         self._state, self._host, self._send, self._counters = state, host, send, counters
         self._boot_id, self._guard = boot_id, guard
         self._recheck_seconds, self._clock = recheck_seconds, clock
-        self._desired = Desired({}, clock())
+        self._convergence = Convergence(host, counters, Desired({}, clock()))
         self._epoch = ""
-        self._session_epoch = ""
-        self._synced = False  # until then nothing is removed from the host
-        self._running = ""  # the interface that this process has set up
-        self._down: str | None = None  # why no peer can be on the host at all
-        self._faults: dict[str, dict[Name, str]] = {}
-        self._totals: dict[str, int] = {}
+        self._session = Welcome(version=PROTOCOL_VERSION, epoch="", node_id="", scopes=[])
         self._staging = Staging()
-        self._resyncs: dict[str, tuple[int, asyncio.TimerHandle]] = {}
+        self._resyncs: dict[str, tuple[int, asyncio.TimerHandle | None]] = {}
         self._began_to_fail = asyncio.Event()
-        self._was_failing = False
         self._lock = asyncio.Lock()
         self._busy_since: float | None = None
-        self.last_added = 0.0  # monotonic time at which a peer was added that may be waited for
 
     # --- for the rest of the agent ---
 
@@ -99,6 +86,14 @@ class Reconciler:
     @property
     def peers(self) -> dict[bytes, Peer]:
         return self._desired.peers
+
+    @property
+    def generation(self) -> str:
+        return self._convergence.generation
+
+    @property
+    def _desired(self) -> Desired:
+        return self._convergence.desired
 
     def hello(self) -> Hello:
         revisions = {
@@ -135,12 +130,14 @@ class Reconciler:
             self._counters.store_errors += 1
             log.error("state_unavailable", error=str(error))
             stored = Stored()
-        self._synced = stored.trusted
+        self._convergence.prune = stored.trusted
         self._epoch = stored.epoch if stored.trusted else ""
-        scopes = {name: scope_of(kept.epoch, kept.revision, kept.resources) for name, kept in stored.scopes.items()}
-        self._desired = Desired(scopes, self._clock())
+        scopes = {
+            name: scope_of(kept.epoch if stored.trusted else "", kept.revision, kept.resources)
+            for name, kept in stored.scopes.items()
+        }
         async with self._turn():
-            await self._converge()
+            await self._convergence.become(Desired(scopes, self._clock()))
         log.info("started", scopes=len(scopes), peers=len(self.peers), trusted=stored.trusted)
 
     async def run(self) -> None:
@@ -155,8 +152,7 @@ class Reconciler:
             await self._recheck()
 
     async def close(self) -> None:
-        for _, timer in self._resyncs.values():
-            timer.cancel()
+        self._forget_resyncs()
         with contextlib.suppress(StateError):
             await self._state.backup()
         await self._state.close()
@@ -186,13 +182,14 @@ class Reconciler:
     async def _recheck_periodically(self) -> None:
         retry, backed_up = 1.0, time.monotonic()
         while True:
-            delay = min(retry, self._recheck_seconds) if self._failing() else self._recheck_seconds
+            delay = min(retry, self._recheck_seconds) if self._convergence.failing() else self._recheck_seconds
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._began_to_fail.wait(), delay)
+                async with asyncio.timeout(delay):  # wait_for may lose a cancellation (Python 3.11)
+                    await self._began_to_fail.wait()
                 self._began_to_fail.clear()
                 continue
             await self.recheck()
-            retry = retry * 2 if self._failing() else 1.0
+            retry = retry * 2 if self._convergence.failing() else 1.0
             if time.monotonic() - backed_up > _BACKUP_SECONDS:
                 backed_up = time.monotonic()
                 with contextlib.suppress(StateError):
@@ -205,15 +202,14 @@ class Reconciler:
             await asyncio.sleep(1.0 if first is None else min(1.0, max(0.01, first - self._clock())))
             if first is not None and first <= self._clock():
                 async with self._turn():
-                    await self._apply(self._desired.expire(self._clock()), reason="lease_ended")
+                    await self._change(self._desired.expire(self._clock()), reason="lease_ended")
 
     # --- frames ---
 
     async def _welcome(self, frame: Welcome) -> None:
-        self._session_epoch = frame.epoch
+        self._session = frame
         self._staging.clear()
-        for _, timer in self._resyncs.values():
-            timer.cancel()
+        self._forget_resyncs()
         if self._epoch and frame.epoch != self._epoch:
             log.warning("epoch_changed", stored=self._epoch, controller=frame.epoch)
         gone = [name for name in self._desired.scopes if name not in frame.scopes and name != IMPORTED]
@@ -225,7 +221,7 @@ class Reconciler:
 
     async def _drop(self, names: list[str]) -> None:
         smaller = self._desired.without(names, self._clock())
-        removes, present = await self._impact(smaller)
+        removes, present = await self._convergence.impact(smaller, prune=self._convergence.prune)
         if self._guard.refuses(removes, present):
             for name in names:
                 words = "the controller no longer names this scope"
@@ -233,7 +229,7 @@ class Reconciler:
             return
         if await self._stored(self._state.drop(names)):
             log.info("scopes_dropped", scopes=names, removes=removes)
-            await self._become(smaller)
+            await self._convergence.become(smaller)
 
     async def _delta(self, frame: Delta) -> None:
         scope = self._desired.scopes.get(frame.scope)
@@ -258,15 +254,31 @@ class Reconciler:
                 scope.discard(name)
             for resource in frame.upserts:
                 scope.put(resource)
-            await self._become(Desired(self._desired.scopes, self._clock()))
+            await self._convergence.become(Desired(self._desired.scopes, self._clock()))
             self._answer(frame.scope)
             return
         change = self._desired.change(frame.scope, frame.upserts, removals, self._clock())
-        await self._apply(change, reason="delta", scope=frame.scope)
+        await self._change(change, reason="delta", scope=frame.scope)
+
+    def _complete(self, desired: Desired) -> bool:
+        """Whether every scope of this session is here; only then a peer that none of them has belongs to nobody."""
+        return all(
+            (scope := desired.scopes.get(name)) is not None and scope.epoch == self._session.epoch
+            for name in self._session.scopes
+        )
+
+    async def _change(self, change: Change, *, reason: str, scope: str = "") -> None:
+        """Do a change and answer for every scope that it touched."""
+        await self._convergence.apply(change, reason=reason)
+        if change.admitted:
+            self.last_added = time.monotonic()
+        touched = {name for name, _ in (*change.withdrawn.values(), *change.admitted.values())}
+        for name in touched | ({scope} if scope else set()):
+            self._answer(name)
 
     async def _snapshot(self, frame: Snapshot) -> None:
-        if frame.scope == IMPORTED or frame.epoch != self._session_epoch:
-            words = f"the epoch of this session is {self._session_epoch!r}, not {frame.epoch!r}"
+        if frame.scope == IMPORTED or frame.epoch != self._session.epoch:
+            words = f"the epoch of this session is {self._session.epoch!r}, not {frame.epoch!r}"
             self._refuse(frame.scope, frame.revision, words)
             return
         try:
@@ -283,7 +295,8 @@ class Reconciler:
             return
         scope = scope_of(frame.epoch, frame.revision, resources)
         wanted = self._desired.with_scope(frame.scope, scope, self._clock())
-        removes, present = await self._impact(wanted)
+        prune = self._convergence.prune or self._complete(wanted)
+        removes, present = await self._convergence.impact(wanted, prune=prune)
         if self._guard.refuses(removes, present) and not frame.confirmed:
             words = f"the snapshot would remove {removes} of {present} peers"
             self._refuse(frame.scope, frame.revision, words, removes, present)
@@ -292,231 +305,48 @@ class Reconciler:
             self._resync(frame.scope, "the node could not store the snapshot")
             return
         self._synchronised(frame.scope)
-        self._epoch, self._synced = frame.epoch, True
-        await self._become(wanted)
+        self._epoch, self._convergence.prune = frame.epoch, prune
+        await self._convergence.become(wanted)
         self._answer(frame.scope)
 
-    # --- the host ---
-
-    async def _become(self, desired: Desired) -> None:
-        """Take over the new desired state as a whole."""
-        before, self._desired = self._desired, desired
-        old, new = before.interface, desired.interface
-        if self._synced and old is not None and self._running == old.name and (new is None or new.name != old.name):
-            try:
-                await self._host.remove(old.name)
-                log.info("interface_removed", interface=old.name)
-            except DriverError as error:
-                log.error("interface_not_removed", interface=old.name, error=str(error))
-            self._running = ""
-        await self._converge()
-
-    async def _converge(self) -> list[Action]:
-        """Read the host, do what is missing, read it back, and count what it has; return what was done."""
-        spec, failed, actions = self._desired.interface, dict[bytes, str](), list[Action]()
-        unprotected = None
-        self._down = None
-        if spec is None:
-            self._down = "the node has no WireGuard interface yet"
-            self._count(failed, None)
-            return actions
-        try:
-            unprotected = await self._protect()
-            device = await self._host.observe(spec.name)
-            actions = self._plan(device)
-            if actions:
-                failed = await self._host.carry_out(spec.name, actions)
-                device = await self._host.observe(spec.name)
-                for action in self._plan(device):
-                    self._still_to_do(action, failed)
-            self._running, self.generation = spec.name, device.generation if device is not None else ""
-        except DriverError as error:
-            self._down = f"interface {spec.name}: {error}"
-        self._count(failed, unprotected)
-        self._log_actions(actions)
-        return actions
-
-    async def _protect(self) -> str | None:
-        """Load the packet filter; where that fails the tunnels go on, and the interface is reported as failed."""
-        assert self._desired.interface is not None
-        try:
-            if await self._host.protect(self._desired.interface):
-                self._counters.drift += 1
-                log.warning("firewall_healed")
-        except DriverError as error:
-            return f"packet filter: {error}"
-        return None
-
-    def _plan(self, device: Device | None) -> list[Action]:
-        spec = self._desired.interface
-        assert spec is not None
-        return plan(device, spec, self.peers, public_key=self._host.public_key, prune=self._synced)
-
-    @staticmethod
-    def _still_to_do(action: Action, failed: dict[bytes, str]) -> None:
-        match action:
-            case EnsureInterface():
-                raise DriverError(f"it was set up, and yet {action.reason}")
-            case SetPeer():
-                failed.setdefault(action.peer.public_key, "it was set, and yet the host shows something else")
-            case RemovePeer():
-                failed.setdefault(action.public_key, "it was removed, and yet the host has it")
-
-    def _count(self, failed: dict[bytes, str], unprotected: str | None) -> None:
-        """Set faults and digests of all scopes from what the host was seen to have."""
-        self._faults = {name: {} for name in self._desired.scopes}
-        self._totals = dict.fromkeys(self._desired.scopes, 0)
-        spec = self._desired.interface
-        for name, scope in self._desired.scopes.items():
-            if spec is not None and scope.interfaces.get(spec.name) is spec:
-                if self._down or unprotected:
-                    self._faults[name][Kind.WIREGUARD_INTERFACE, spec.name] = self._down or unprotected or ""
-                else:
-                    self._totals[name] += spec.digest()
-            for key, peer in scope.peers.items():
-                if self.peers.get(key) is not peer or self._down:
-                    continue
-                if key in failed:
-                    self._faults[name][Kind.WIREGUARD_PEER, peer.key] = failed[key]
-                else:
-                    self._totals[name] += peer.digest()
-        self._settle()
-
-    async def _apply(self, change: Change, *, reason: str, scope: str = "") -> None:
-        """Do a small change on a host that is as desired otherwise, and answer for every scope it touched."""
-        spec = self._desired.interface
-        failed: dict[bytes, str] = {}
-        if spec is not None and self._down is None:
-            retry = [key for key, (name, old) in change.withdrawn.items() if self._fault(name, old) is not None]
-            actions = steps(change, retry)
-            try:
-                failed = await self._host.carry_out(spec.name, actions)
-            except DriverError as error:
-                log.warning("interface_lost", interface=spec.name, error=str(error))
-                await self._converge()
-            else:
-                self._log_actions(actions, reason)
-                self._account(change, failed)
-        if change.admitted:
-            self.last_added = time.monotonic()
-        touched = {name for name, _ in (*change.withdrawn.values(), *change.admitted.values())}
-        for name in touched | ({scope} if scope else set()):
-            self._answer(name)
-
-    def _account(self, change: Change, failed: dict[bytes, str]) -> None:
-        for key, (name, old) in change.withdrawn.items():
-            if self._faults[name].pop((Kind.WIREGUARD_PEER, old.key), None) is None:
-                self._totals[name] -= old.digest()
-            if key in failed and key not in change.admitted:
-                self._faults[name][Kind.WIREGUARD_PEER, old.key] = failed[key]
-        for key, (name, new) in change.admitted.items():
-            if key in failed:
-                self._faults[name][Kind.WIREGUARD_PEER, new.key] = failed[key]
-            else:
-                self._faults[name].pop((Kind.WIREGUARD_PEER, new.key), None)
-                self._totals[name] += new.digest()
-        self._settle()
+    # --- the re-check ---
 
     async def _recheck(self) -> None:
-        spec = self._desired.interface
-        if spec is None:
+        if self._desired.interface is None:
             return
         revived = self._desired.revive(self._clock())
         if revived.admitted:
-            await self._apply(revived, reason="clock_set_back")
-        before = {name: self._applied(name) for name in self._desired.scopes}
-        was_failing = self._failing()
-        if not was_failing and await self._untouched():
+            await self._change(revived, reason="clock_set_back")
+        before = {name: self._convergence.applied(name) for name in self._desired.scopes}
+        failing = self._convergence.failing()
+        if not failing and await self._convergence.untouched():
             return
-        actions = await self._converge()
-        if not was_failing:
-            self._report_drift(actions)
+        actions = await self._convergence.converge()
+        for drift in [] if failing else self._convergence.drifts(actions):
+            self._counters.drift += drift.missing + drift.unexpected + drift.changed
+            log.warning(
+                "drift_healed",
+                scope=drift.scope,
+                missing=drift.missing,
+                unexpected=drift.unexpected,
+                changed=drift.changed,
+            )
+            if drift.scope != IMPORTED:
+                self._send(drift)
         for name in self._desired.scopes:
-            if (answer := self._applied(name)) != before[name]:
+            if (answer := self._convergence.applied(name)) != before[name]:
                 self._emit(answer)
-
-    async def _untouched(self) -> bool:
-        """Whether the host is exactly as desired; it costs one reading and no message."""
-        spec = self._desired.interface
-        assert spec is not None
-        try:
-            if await self._host.protect(spec):
-                self._counters.drift += 1
-                log.warning("firewall_healed")
-            device = await self._host.observe(spec.name)
-        except DriverError:
-            return False
-        return not self._plan(device) and device is not None and device.generation == self.generation
-
-    def _report_drift(self, actions: Sequence[Action]) -> None:
-        found: dict[str, dict[str, int]] = {}
-        for action in actions:
-            match action:
-                case SetPeer():
-                    name = self._desired.scope_name(action.peer.public_key)
-                    what = "missing" if action.new else "changed"
-                case _:  # the interface, or a peer that nobody asked for: the scope that names the interface
-                    name = self._interface_scope()
-                    what = "unexpected" if isinstance(action, RemovePeer) else "changed"
-            if name is not None:
-                counts = found.setdefault(name, {"missing": 0, "unexpected": 0, "changed": 0})
-                counts[what] += 1
-        for name, counts in found.items():
-            self._counters.drift += sum(counts.values())
-            log.warning("drift_healed", scope=name, **counts)
-            if name != IMPORTED:
-                self._send(Drift(scope=name, **counts))
-
-    def _interface_scope(self) -> str | None:
-        spec = self._desired.interface
-        return next((name for name, scope in self._desired.scopes.items() if spec in scope.interfaces.values()), None)
-
-    async def _impact(self, wanted: Desired) -> tuple[int, int]:
-        """How many peers of this node `wanted` would remove, and how many it has: on the host, or stored for it."""
-        present = set(self.peers)
-        spec = self._desired.interface or wanted.interface
-        if spec is not None:
-            with contextlib.suppress(DriverError):
-                device = await self._host.observe(spec.name)
-                present.update(peer.public_key for peer in (device.peers if device is not None else ()))
-        if wanted.interface is None:
-            return len(present), len(present)
-        return sum(key not in wanted.peers for key in present), len(present)
 
     # --- answers ---
 
     def _answer(self, name: str) -> None:
-        self._emit(self._applied(name))
+        self._emit(self._convergence.applied(name))
 
     def _emit(self, answer: Applied) -> None:
         if answer.scope == IMPORTED:
             return
         self._counters.applied_revision[answer.scope] = answer.revision
         self._send(answer)
-
-    def _applied(self, name: str) -> Applied:
-        failures = [Failure(kind, key, words[:_MAX_WORDS]) for (kind, key), words in self._failures(name).items()]
-        return Applied(
-            scope=name,
-            revision=self._desired.scopes[name].revision,
-            digest=digest_bytes(self._totals.get(name, 0)),
-            failures=failures[:_MAX_FAILURES],
-        )
-
-    def _failures(self, name: str) -> dict[Name, str]:
-        failures = self._desired.refusals(name) | self._faults.get(name, {})
-        if self._down is not None:
-            for key, peer in self._desired.scopes[name].peers.items():
-                if self.peers.get(key) is peer:
-                    failures[Kind.WIREGUARD_PEER, encode_key(key)] = self._down
-        return failures
-
-    def _fault(self, name: str, peer: Peer) -> str | None:
-        return self._faults.get(name, {}).get((Kind.WIREGUARD_PEER, peer.key))
-
-    def _failing(self) -> bool:
-        """Whether a driver failed; what was refused as wrong does not get better by trying again."""
-        return any(self._faults.values()) or (self._down is not None and self._desired.interface is not None)
 
     def _refuse(self, name: str, revision: int, reason: str, removes: int = 0, present: int = 0) -> None:
         self._counters.refused_snapshots += 1
@@ -525,14 +355,21 @@ class Reconciler:
 
     def _resync(self, name: str, reason: str) -> None:
         """Ask for a snapshot: the first time at once, then less and less often until one could be stored."""
+        loop, ask = asyncio.get_running_loop(), Resync(scope=name, reason=reason)
         tries, timer = self._resyncs.get(name, (0, None))
-        if timer is not None and not timer.cancelled() and timer.when() > asyncio.get_running_loop().time():
-            return
-        delay = 0.0 if tries == 0 else min(2.0 ** (tries - 1), 30.0)
         if tries == 0:
             log.warning("resync_asked", scope=name, reason=reason)
-        ask = Resync(scope=name, reason=reason)
-        self._resyncs[name] = (tries + 1, asyncio.get_running_loop().call_later(delay, self._send, ask))
+            self._send(ask)
+        elif timer is not None and not timer.cancelled() and timer.when() > loop.time():
+            return
+        else:
+            timer = loop.call_later(min(2.0 ** (tries - 1), 30.0), self._send, ask)
+        self._resyncs[name] = (tries + 1, timer)
+
+    def _forget_resyncs(self) -> None:
+        """A new session tells from the start what is missing."""
+        for name in list(self._resyncs):
+            self._synchronised(name)
 
     def _synchronised(self, name: str) -> None:
         _, timer = self._resyncs.pop(name, (0, None))
@@ -548,26 +385,14 @@ class Reconciler:
             return False
         return True
 
-    def _settle(self) -> None:
-        self._counters.failures = sum(len(self._failures(name)) for name in self._desired.scopes)
-        self._counters.peers = 0 if self._down else len(self.peers)
-        if self._failing() and not self._was_failing:
-            self._began_to_fail.set()
-        self._was_failing = self._failing()
-
-    @staticmethod
-    def _log_actions(actions: Sequence[Action], reason: str = "") -> None:
-        if len(actions) <= 5:
-            for action in actions:
-                log.info("applied", action=str(action), reason=reason)
-        else:
-            log.info("applied", actions=len(actions), first=str(actions[0]), reason=reason)
-
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
         async with self._lock:
             self._busy_since = time.monotonic()
+            failing = self._convergence.failing()
             try:
                 yield
             finally:
                 self._busy_since = None
+                if self._convergence.failing() and not failing:
+                    self._began_to_fail.set()

@@ -419,3 +419,33 @@ async def test_address_of_an_expired_peer_can_be_given_to_another(tmp_path: Path
         (answer,) = await node.send(delta(1, 2, [peer(81, allowed_ips=leased.allowed_ips)]))
         assert isinstance(answer, Applied)
         assert answer.failures == []
+
+
+async def test_nothing_is_removed_until_every_scope_of_the_session_is_here(tmp_path: Path) -> None:
+    wireguard = ModelWireGuard()
+    wireguard.create(INTERFACE, KEY)
+    await wireguard.apply_peers("wg0", PEERS)
+    async with Node(tmp_path, wireguard) as node:
+        await node.send(welcome(SCOPE, "second"), snapshot([INTERFACE, *PEERS[:5]]))
+        assert len(node.present()) == 20
+        await node.send(snapshot(PEERS[5:18], scope="second"))
+        assert node.present() == {item.public_key for item in PEERS[:18]}
+
+
+async def test_removal_by_snapshot_that_fails_is_named(tmp_path: Path) -> None:
+    async with Node(tmp_path) as node:
+        await node.send(welcome(), snapshot([INTERFACE, *PEERS]))
+        node.wireguard.failing["remove_peers"] = DriverError("interrupted")
+        answer = (await node.send(snapshot([INTERFACE, *PEERS[1:]], 2)))[0]
+        assert isinstance(answer, Applied)
+        assert [(failure.key, failure.message) for failure in answer.failures] == [(PEERS[0].key, "interrupted")]
+
+
+async def test_stopping_never_hangs_on_a_host_that_has_just_begun_to_fail(tmp_path: Path) -> None:
+    for attempt in range(20):
+        async with asyncio.timeout(10):
+            async with Node(tmp_path / str(attempt)) as node:
+                node.wireguard.failing["ensure"] = DriverError("no")
+                await node.reconciler.inbox.put(welcome())
+                await node.reconciler.inbox.put(snapshot([INTERFACE]))
+                await until(lambda node=node: node.counters.applies == 2)
