@@ -5,121 +5,137 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.netns import Namespace, wait_until
+from tests.support.host import Host
+from tests.support.netns import unique, wait_until
 
 pytestmark = pytest.mark.netns
 
 STARTED = 60.0  # seconds, on a busy machine
 
 
-@pytest.fixture
-def machine() -> Iterator[Namespace]:
-    with Namespace("up") as namespace:
-        yield namespace
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Host]:
+    with Host("up") as host:
+        yield host
 
 
-def test_one_password_for_the_first_start_and_none_for_the_second(machine: Namespace, tmp_path: Path) -> None:
-    first = Up(machine, tmp_path)
-    told = first.told()
-    assert login(machine, tmp_path, told["url"], told["password"]) == 0
-    assert told["password"] not in everything(tmp_path / "up")
-    assert first.end(signal.SIGTERM) == 0
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def first(machine: Host, home: Path) -> dict[str, Any]:
+    """What the first start in the directory said; it is over."""
+    up = Up(machine, home)
+    told = up.told()
+
+    other = Up(machine, home)
+    assert other.process.wait(STARTED) == 1
+    assert "in use by another skynetvpn up" in other.words()
+
+    assert login(machine, home, told) == 0
+    assert up.end(signal.SIGTERM) == 0
+    assert running(machine) == []
+    return told
+
+
+def test_a_second_start_goes_on_with_what_is_there(machine: Host, home: Path, first: dict[str, Any]) -> None:
+    assert first["password"] not in everything(home / "up")
+    (interface,) = tunnels(machine)
+
+    up = Up(machine, home)
+
+    assert up.told() == first | {"password": None}
+    assert login(machine, home, first) == 0
+    assert tunnels(machine) == [interface], "a live interface is adopted, not made anew"
+    wait_until(lambda: "skynetvpn_agent_failures 0" in agent_metrics(machine))
+    assert up.end(signal.SIGINT) == 0
     assert running(machine) == []
 
-    second = Up(machine, tmp_path)
-    again = second.told()
-    assert again == told | {"password": None}
-    assert login(machine, tmp_path, told["url"], told["password"]) == 0
-    assert second.end(signal.SIGINT) == 0
-    assert running(machine) == []
 
-
-def test_a_child_that_ends_ends_all_with_its_last_words(machine: Namespace, tmp_path: Path) -> None:
-    up = Up(machine, tmp_path)
+@pytest.mark.parametrize("program", ["controller", "agent"])
+def test_a_child_that_ends_ends_all_with_its_last_words(
+    machine: Host, home: Path, first: dict[str, Any], program: str
+) -> None:
+    up = Up(machine, home)
     up.told()
 
-    kill(machine, "skynetvpn-controller", signal.SIGKILL)
+    kill(machine, f"skynetvpn-{program}", signal.SIGKILL)
 
     assert up.process.wait(STARTED) == 1
-    assert "the controller ended with signal 9; its last words" in up.words()
+    assert f"the {program} ended with signal 9; its last words" in up.words()
     assert running(machine) == []
 
 
-def test_children_end_when_up_is_killed(machine: Namespace, tmp_path: Path) -> None:
-    up = Up(machine, tmp_path)
+def test_children_end_when_up_is_killed(machine: Host, home: Path, first: dict[str, Any]) -> None:
+    up = Up(machine, home)
     up.told()
 
     up.process.kill()
 
-    wait_until(lambda: running(machine) == [], 20)
+    up.process.wait(STARTED)
+    wait_until(lambda: running(machine) == [], 30)
 
 
-def test_a_second_up_in_the_same_directory_is_refused(machine: Namespace, tmp_path: Path) -> None:
-    up = Up(machine, tmp_path)
-    up.told()
-
-    other = Up(machine, tmp_path)
-    assert other.process.wait(STARTED) == 1
-    assert "in use by another skynetvpn up" in other.words()
-
-    assert up.end(signal.SIGTERM) == 0
-
-
-def test_a_taken_port_is_told_in_the_controllers_words(machine: Namespace, tmp_path: Path) -> None:
-    with machine.entered():
-        import socket
-
+def test_a_taken_port_is_told_in_the_controllers_words(machine: Host, tmp_path: Path) -> None:
+    with machine.namespace.entered():
         taken = socket.create_server(("127.0.0.1", 8080))
     with taken:
         up = Up(machine, tmp_path)
         assert up.process.wait(STARTED) == 1
-    assert "the controller ended with" in up.words() and "8080" in up.words()
+    words = up.words()
+    assert "the controller ended with" in words and "8080" in words
+
+
+def test_other_addresses_than_the_directorys_are_wrong_usage(machine: Host, home: Path, first: dict[str, Any]) -> None:
+    up = Up(machine, home, "--listen", "127.0.0.1:8081")
+
+    assert up.process.wait(STARTED) == 2
+    assert "says listen: 127.0.0.1:8080" in up.words()
 
 
 class Up:
-    """`skynetvpn up` with its standard output and error."""
+    """`skynetvpn up`, and all that it says."""
 
-    def __init__(self, machine: Namespace, home: Path) -> None:
-        argv = ("-o", "json", "up", "--dir", str(home / "up"), "--endpoint", "127.0.0.1")
-        own = (sys.executable, "-m", "tests.support.ownrun", script("skynetvpn"), *argv)
-        self.process = machine.popen(*own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def __init__(self, machine: Host, home: Path, *options: str) -> None:
+        argv = ("-o", "json", "up", "--dir", str(home / "up"), "--endpoint", "127.0.0.1", *options)
+        self._log = home / f"{unique('up')}.log"
+        self.process = machine.start(self._log, script("skynetvpn"), *argv)
 
     def told(self) -> dict[str, Any]:
         """What it says when all is up."""
-        assert self.process.stdout is not None
-        lines = []
-        for line in self.process.stdout:
-            lines.append(line)
-            if line == "}\n":
-                told: dict[str, Any] = json.loads("".join(lines))
-                return told
-        raise AssertionError(self.words())
+        wait_until(lambda: self.words().endswith("}\n") or self.process.poll() is not None, STARTED)
+        assert self.process.poll() is None, self.words()
+        told: dict[str, Any] = json.loads(self.words()[self.words().index("{\n") :])
+        return told
 
     def end(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
         return self.process.wait(STARTED)
 
     def words(self) -> str:
-        assert self.process.stderr is not None
-        return str(self.process.stderr.read())
+        return self._log.read_text()
 
 
 def script(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def running(machine: Namespace) -> list[str]:
+def running(machine: Host) -> list[str]:
     """The command lines of our programs inside; the tunnel's own program stays, as on every node."""
     found = []
-    for pid in machine.pids():
+    for pid in machine.namespace.pids():
         try:
             command = Path("/proc", str(pid), "cmdline").read_bytes().decode().replace("\0", " ")
         except OSError:
@@ -129,27 +145,31 @@ def running(machine: Namespace) -> list[str]:
     return found
 
 
-def kill(machine: Namespace, program: str, number: signal.Signals) -> None:
+def tunnels(machine: Host) -> list[str]:
+    """The node's interfaces with their index, which is new for each new one."""
+    lines = machine.run("ip", "-o", "link", "show", "type", "tun").splitlines()
+    return [line.split(":")[0] + line.split(":")[1] for line in lines]
+
+
+def agent_metrics(machine: Host) -> str:
+    with machine.namespace.entered(), urllib.request.urlopen("http://127.0.0.1:9586/metrics", timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+def kill(machine: Host, program: str, number: signal.Signals) -> None:
     (line,) = [line for line in running(machine) if program in line]
     os.kill(int(line.split()[0]), number)
 
 
-def login(machine: Namespace, home: Path, url: str, password: str) -> int:
-    command = (
-        "ip",
-        "netns",
-        "exec",
-        machine.name,
-        script("skynetvpn"),
-        "login",
-        "--url",
-        url,
-        "--password-stdin",
-        "admin",
-    )
-    environ = os.environ | {"XDG_CONFIG_HOME": str(home / "config")}
+def login(machine: Host, home: Path, told: dict[str, Any]) -> int:
+    program = ("ip", "netns", "exec", machine.namespace.name, script("skynetvpn"))
     return subprocess.run(
-        command, input=f"{password}\n", text=True, env=environ, timeout=STARTED, check=False
+        (*program, "login", "--url", told["url"], "--password-stdin", told["user"]),
+        input=f"{told['password']}\n",
+        text=True,
+        env=os.environ | {"XDG_CONFIG_HOME": str(home / "config")},
+        timeout=STARTED,
+        check=False,
     ).returncode
 
 
