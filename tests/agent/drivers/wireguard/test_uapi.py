@@ -12,7 +12,7 @@ from agent.drivers.wireguard import uapi
 from shared.desired import Peer
 from shared.keys import PrivateKey
 from shared.protocol import PeerStats
-from tests.agent.drivers.wireguard.strategies import peer_lists
+from tests.agent.drivers.wireguard.strategies import peer_lists, unhurried
 
 counters = st.integers(0, (1 << 63) - 1)
 stats_lists = peer_lists.flatmap(
@@ -53,6 +53,7 @@ def answer_of(blocks: list[tuple[Peer, list[str]]], head: str = "") -> str:
     return f"{head}{text}errno=0\n\n"
 
 
+@unhurried
 @given(stats_lists, st.randoms())
 def test_an_answer_is_read_whatever_the_order_of_its_lines(
     both: tuple[list[Peer], list[PeerStats]], shuffle: random.Random
@@ -69,6 +70,7 @@ def test_an_answer_is_read_whatever_the_order_of_its_lines(
     assert [peer.digest() for peer in uapi.parse_peers(answer_of(mixed))] == [peer.digest() for peer in peers]
 
 
+@unhurried
 @given(peer_lists)
 def test_a_set_operation_says_everything_about_each_peer(peers: list[Peer]) -> None:
     operation = uapi.set_peers(peers).decode()
@@ -80,6 +82,7 @@ def test_a_set_operation_says_everything_about_each_peer(peers: list[Peer]) -> N
     assert read == tuple(peers)
 
 
+@unhurried
 @given(st.binary(min_size=32, max_size=32), st.integers(0, 65535))
 def test_the_interfaces_part_is_read(raw: bytes, port: int) -> None:
     key = PrivateKey(raw)
@@ -105,6 +108,7 @@ def test_something_else_is_not_taken_for_an_answer(answer: str) -> None:
         uapi.parse_error(answer)
 
 
+@unhurried
 @given(st.text(alphabet="public_key=0f\n", max_size=200))
 def test_garbage_is_an_error_and_never_a_crash(text: str) -> None:
     for parse in (uapi.parse_stats, uapi.parse):
