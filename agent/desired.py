@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_interface, ip_network
 
 from shared.desired import Interface, Kind, Peer, decode
-from shared.keys import decode_key
+from shared.keys import decode_key, encode_key
 from shared.protocol import Resource
 
 IMPORTED = (
@@ -100,7 +100,12 @@ class Desired:
 
     def refusals(self, name: str) -> dict[Name, str]:
         """What this scope asks for and the host does not get, with the reason."""
-        return self.scopes[name].invalid | self._refused[name]
+        expired = {
+            (str(Kind.WIREGUARD_PEER), encode_key(key)): "its lease has ended"
+            for key, scope in self._expired.items()
+            if scope == name
+        }
+        return self.scopes[name].invalid | self._refused[name] | expired
 
     def change(self, name: str, upserts: Sequence[Resource], removals: Sequence[Name], now: float) -> Change:
         """Change the peers of one scope; the cost is that of the change, not of the scope."""

@@ -416,9 +416,11 @@ async def test_address_of_an_expired_peer_can_be_given_to_another(tmp_path: Path
         await node.send(welcome(), snapshot([INTERFACE, leased]))
         node.now += 60
         await until(lambda: not node.present())
-        (answer,) = await node.send(delta(1, 2, [peer(81, allowed_ips=leased.allowed_ips)]))
+        other = peer(81, allowed_ips=leased.allowed_ips)
+        (answer,) = await node.send(delta(1, 2, [other]))
         assert isinstance(answer, Applied)
-        assert answer.failures == []
+        assert [(failure.key, failure.message) for failure in answer.failures] == [(leased.key, "its lease has ended")]
+        assert node.present() == {other.public_key}
 
 
 async def test_nothing_is_removed_until_every_scope_of_the_session_is_here(tmp_path: Path) -> None:
