@@ -29,7 +29,7 @@ class Device:
 
     name: str
     public_key: bytes  # 32 bytes; b"" where no private key is set
-    listen_port: int
+    listen_port: int  # 0 while the interface is down: it listens nowhere
     addresses: tuple[str, ...]  # address/prefix, without link-local ones
     mtu: int
     generation: str  # changes whenever the interface was created anew, and its counters started at 0
@@ -53,7 +53,10 @@ class WireGuardDriver(Protocol):
         ...
 
     async def ensure(self, spec: Interface, private_key: PrivateKey) -> None:
-        """Create the interface or adopt the one that runs, then set key, port, addresses and MTU where they differ."""
+        """Create the interface or adopt the one that runs, then set key, port, addresses and MTU where they differ.
+
+        An adopted interface gets its generation here: read it afterwards. Port 0 leaves the port to the host.
+        """
         ...
 
     async def apply_peers(self, name: str, peers: Sequence[Peer]) -> None:
@@ -81,7 +84,10 @@ class FirewallDriver(Protocol):
     """The agent's own packet filter table: NAT, forwarding, isolation. Other tables are never touched."""
 
     async def observe(self) -> str | None:
-        """The fingerprint of the loaded table, read from the host, or None where it is not there."""
+        """The fingerprint of the loaded table, read from the host, or None where it is not there.
+
+        Compare it with the one observed right after `apply`: another one means that somebody changed the table.
+        """
         ...
 
     async def apply(self, interfaces: Sequence[Interface]) -> None:
