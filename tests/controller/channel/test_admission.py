@@ -196,15 +196,20 @@ async def test_two_hosts_with_one_identity_are_noticed_and_their_tunnels_stay(po
     await clone.close()
 
 
-async def test_a_host_that_was_enrolled_anew_is_not_locked_by_its_old_disk(port: NodePort) -> None:
-    old = await port.enrolled()
-    await asyncio.sleep(max(0.0, 1.0 - time.time() % 1))  # certificates tell time in whole seconds
-    new = await port.enrolled()
-    assert await refused(old) == 401
-    assert await status(port) == NodeStatus.ENABLED
-    await new.connect()
-    assert new.received(Welcome)
-    await new.close()
+async def test_a_host_that_was_enrolled_anew_ends_its_old_session_and_is_not_locked_by_it(
+    database: Database, tmp_path: Path
+) -> None:
+    async with node_port(database, tmp_path / "ca", promotion_grace=timedelta(0)) as port:
+        old = await port.enrolled()
+        await old.connect()
+        await asyncio.sleep(1.0 - time.time() % 1)  # certificates tell time in whole seconds
+        new = await port.enrolled()
+        await until(lambda: old.closed)
+        assert await refused(old) == 401
+        assert await status(port) == NodeStatus.ENABLED
+        await new.connect()
+        assert new.received(Welcome)
+        await new.close()
 
 
 async def test_a_rebooting_host_is_no_clone(port: NodePort) -> None:

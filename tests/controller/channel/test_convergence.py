@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -15,6 +16,7 @@ from controller.channel.pushes import Pushes
 from controller.channel.session import Session
 from controller.desired import service as desired
 from controller.desired.service import Changes, State
+from controller.desired.tables import DesiredRow, ScopeRow
 from controller.store.database import Committed, open_database
 from controller.store.schema import metadata
 from shared.desired import Kind, Peer
@@ -41,7 +43,7 @@ def peer(number: int, address: int) -> Peer:
 
 
 class Convergence(RuleBasedStateMachine):
-    """The session, the pushes and the database are the real ones; the wire between is this machine's."""
+    """The session, the pushes and the database are the real ones; only the wire is this machine's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +59,7 @@ class Convergence(RuleBasedStateMachine):
         self.wire: list[bytes] = []
         self.acknowledged = 0
         self.run(self._create())
+        self.rows = self.run(self._dump())
         self.pushes = Pushes(self.database, self.epoch)
         self.database.listen(self._committed)
 
@@ -179,10 +182,42 @@ class Convergence(RuleBasedStateMachine):
         self.connect()
 
     @rule()
+    def back_up_the_controller(self) -> None:
+        self.rows = self.run(self._dump())
+
+    @rule()
     def restore_the_controller(self) -> None:
+        self.run(self._load())
+        self.acknowledged = 0
         self.epochs += 1
         self.pushes = Pushes(self.database, self.epoch)
         self.connect()
+
+    async def _dump(self) -> list[tuple[Any, list[Any]]]:
+        async with self.database.connect() as connection:
+            return [
+                (table, [dict(row) for row in (await connection.execute(sa.select(table))).mappings()])
+                for table in (ScopeRow.__table__, DesiredRow.__table__)
+            ]
+
+    async def _load(self) -> None:
+        async with self.database.engine.begin() as connection:
+            for table, rows in self.rows:
+                await connection.execute(sa.delete(table))
+                if rows:
+                    await connection.execute(sa.insert(table), rows)
+
+    @precondition(lambda self: self.session is not None)
+    @rule()
+    def settle(self) -> None:
+        """Everything that is known of is sent, applied and acknowledged."""
+        self.push(shared=False)
+        while self.wire or self.agent.outgoing:
+            while self.wire:
+                self.carry_to_the_node(twice=False)
+            while self.agent.outgoing:
+                self.carry_to_the_controller()
+            self.push(shared=False)
 
     @invariant()
     def the_node_has_what_its_revision_means(self) -> None:
@@ -193,12 +228,7 @@ class Convergence(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.connect()
         self.sweep()
-        for _ in range(20):
-            self.push(shared=False)
-            while self.wire:
-                self.carry_to_the_node(twice=False)
-            while self.agent.outgoing:
-                self.carry_to_the_controller()
+        self.settle()
         state = self.run(self._state())
         assert self.agent.revisions[SCOPE] == state.revision
         assert set(self.agent.resources[SCOPE]) == {(item.kind, item.key) for item in state.resources}

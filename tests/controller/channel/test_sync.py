@@ -14,7 +14,8 @@ import pytest
 import sqlalchemy as sa
 
 from controller.channel import connection as connection_module
-from controller.channel.pushes import encode_snapshot
+from controller.channel.pushes import Pushes, encode_snapshot
+from controller.channel.session import Wanted
 from controller.desired import service as desired
 from controller.desired.service import node_scope
 from controller.desired.tables import DesiredRow, ScopeRow
@@ -154,7 +155,7 @@ async def test_what_a_savepoint_undid_is_never_pushed(port: NodePort, database: 
         await desired.put(tx, scope, [undone])
         await savepoint.rollback()
     await converged(database, agent, scope)
-    assert (Kind.WIREGUARD_PEER, undone.key) not in agent.resources[scope]
+    assert [item.key for delta in agent.received(Delta) for item in delta.upserts] == [kept.key]
     await agent.close()
 
 
@@ -446,6 +447,25 @@ async def test_nodes_of_a_shared_scope_get_the_same_frames(database: Database, t
         for agent in agents:
             await converged(database, agent, shared)
             await agent.close()
+
+
+async def test_an_answer_that_a_commit_overtook_is_not_kept_for_others(database: Database) -> None:
+    scope, pushes = "protocol:wireguard", Pushes(database, await database.epoch())
+    await put(database, scope, *peers(1))
+    overtaken: list[str] = []
+
+    def overtake(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if "LEFT OUTER JOIN desired" in statement and not overtaken:
+            overtaken.append(statement)
+            pushes.changed(scope)  # a commit was told after this read began
+
+    sa.event.listen(database.engine.sync_engine, "after_cursor_execute", overtake)
+    first = await pushes.get(Wanted(scope, 0), shared=True)
+    await put(database, scope, *peers(1))
+    second = await pushes.get(Wanted(scope, 0), shared=True)
+    assert overtaken
+    assert (first.revision, second.revision) == (1, 2)
+    assert await pushes.get(Wanted(scope, 0), shared=True) is second
 
 
 async def test_tombstones_go_when_every_node_has_acknowledged(port: NodePort, database: Database) -> None:
