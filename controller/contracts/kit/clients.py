@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 
 from shared.addresses import Address, Network
@@ -16,6 +17,8 @@ def client_address(peer: str | None, forwarded: Sequence[str], trusted: Sequence
     """
     if not peer:
         return ""
+    if not trusted:
+        return _canonical(peer)
     nearest = _parse(peer)
     if nearest is None:
         return ""
@@ -26,6 +29,12 @@ def client_address(peer: str | None, forwarded: Sequence[str], trusted: Sequence
             break
         nearest = before
     return str(nearest)
+
+
+@lru_cache(maxsize=4096)
+def _canonical(text: str) -> str:
+    address = _parse(text)
+    return str(address) if address is not None else ""
 
 
 def _parse(text: str) -> Address | None:

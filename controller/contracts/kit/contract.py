@@ -47,13 +47,21 @@ class Call:
     """A request whose access, path, query and body have been checked."""
 
     contract: str
-    client: Client
+    address: str  # of the client; empty for one on this machine
     params: Mapping[str, str]
     principal: Principal | None
-    accept: str
+    headers: Mapping[str, str]
     body: Model | None = None
     query: Model | None = None
     prepared: object = None  # what the route's `prepare` found out
+
+    @property
+    def client(self) -> Client:
+        return Client(self.address, loggable(self.headers.get("User-Agent", "")))
+
+    @property
+    def accept(self) -> str:
+        return self.headers.get("Accept", "")
 
     @property
     def user(self) -> Principal:
@@ -71,6 +79,11 @@ class Call:
     def prepared_as(self, cls: type[T]) -> T:
         assert isinstance(self.prepared, cls), "the route prepares something else"
         return self.prepared
+
+
+def loggable(text: str) -> str:
+    """What a client sent, short, and in characters that every log and database takes."""
+    return (text if text.isascii() else text.encode("ascii", "backslashreplace").decode())[:256]
 
 
 Handler = Callable[[Call], Awaitable[Reply]]

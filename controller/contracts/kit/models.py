@@ -6,7 +6,7 @@ import json
 from typing import Annotated, Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError, WithJsonSchema
 
 from controller.errors import InvalidInput
 
@@ -17,9 +17,7 @@ _MAX_QUERY_FIELDS = 100
 class Model(BaseModel):
     """Types are exact (no "1" for 1), unknown fields are ignored, nothing is changed after validation."""
 
-    model_config = ConfigDict(
-        strict=True, extra="ignore", frozen=True, allow_inf_nan=False, hide_input_in_errors=True, defer_build=False
-    )
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 def _printable(text: str) -> str:
@@ -28,7 +26,12 @@ def _printable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_printable)]
+Text = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=255),
+    AfterValidator(_printable),
+    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 255, "pattern": r"^[^\x00-\x1f\x7f\u2028\u2029]+$"}),
+]
 """One line of text."""
 
 Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._~-]+$", max_length=64)]

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from controller.contracts.kit.contract import Contract, Route
 
 _VERSIONED = re.compile(r"application/vnd\.([a-z]+)\.v(\d+)\+json", re.ASCII)
 _SERVED = "1"
+_REMEMBERED = 4096
 _ANY_JSON = re.compile(r"(^|,)\s*(\*/\*|application/\*|application/json)\s*(;|,|$)", re.ASCII)
 _PARAM = re.compile(r"[A-Za-z0-9._~-]{1,128}", re.ASCII)
 
@@ -66,6 +68,7 @@ class Candidate:
     params: Mapping[str, str] = field(default_factory=dict)
     allowed: frozenset[str] = frozenset()
     served: bool = True  # False: the version that was asked for is not
+    label: str = "none"  # the route's whole template
 
 
 class Resolver:
@@ -80,12 +83,13 @@ class Resolver:
         self._hosts = {host.lower(): name for host, name in hosts.items() if name in self._paths}
         self._defaults = defaults
         self._sole = contracts[0].name if len(contracts) == 1 else None
+        self._candidate = lru_cache(_REMEMBERED)(self._find)  # clients poll the same paths
 
     def choose(self, method: str, path: str, host: str, accept: str) -> tuple[Candidate, ...]:
         """One candidate where the head of the request decides, else all that are left, the default first."""
         if method == "HEAD":
             method = "GET"
-        name, inner = path[1 : path.find("/", 1)], path
+        name, inner = path[1:].partition("/")[0], path
         if name in self._paths:
             inner = path[len(name) + 1 :]
         elif (by_host := self._hosts.get(_host_name(host)) if self._hosts else None) is not None:
@@ -111,14 +115,15 @@ class Resolver:
         with_path = [candidate for candidate in everyone if candidate.allowed]
         return tuple(with_route or with_path or at_base)
 
-    def _candidate(self, name: str, method: str, path: str) -> Candidate:
+    def _find(self, name: str, method: str, path: str) -> Candidate:
         contract, paths = self._paths[name]
         methods, values = paths.find(path)
         route = methods.get(method)
         if route is None:
             return Candidate(contract, allowed=frozenset(methods))
         names = self._param_names[name, route.method, route.path]
-        return Candidate(contract, route, dict(zip(names, values, strict=True)) if names else {})
+        params = dict(zip(names, values, strict=True)) if names else {}
+        return Candidate(contract, route, params, label=contract.base + route.path)
 
     def _accepted(self, accept: str) -> str | None:
         if "vnd." not in accept:

@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import orjson
@@ -19,11 +19,10 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from controller.accounts.errors import InvalidToken
 from controller.accounts.principal import Principal, Role
-from controller.accounts.service import Client
 from controller.config import RateLimit
 from controller.contracts.kit import failures
 from controller.contracts.kit.clients import client_address
-from controller.contracts.kit.contract import JSON, Access, Call, Contract, Reply, Route
+from controller.contracts.kit.contract import JSON, Access, Call, Contract, Reply, Route, loggable
 from controller.contracts.kit.docs import Page, pages
 from controller.contracts.kit.limits import RateLimits
 from controller.contracts.kit.models import Model, fields_of, parse_body, parse_query
@@ -35,6 +34,10 @@ from shared.addresses import Network
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _CORS_SECONDS = "600"
+
+# Of every answer; what a token or a login brought must not stay in a cache.
+_ALWAYS = {"Server": "skynetvpn", "X-Content-Type-Options": "nosniff"}
+_HEADERS = CIMultiDict({"Content-Type": JSON, "Cache-Control": "no-store", **_ALWAYS})
 
 log = structlog.get_logger()
 
@@ -131,10 +134,11 @@ class _Server:
         except Exception as error:  # the last border: whatever it is, the caller gets his contract's envelope
             return self._refuse(exchange, error)
         body = reply.body if isinstance(reply.body, bytes) else orjson.dumps(reply.body)
-        headers = CIMultiDict(reply.headers)
-        headers["Content-Type"] = reply.media
-        if reply.media == JSON or exchange.principal is not None:
-            headers["Cache-Control"] = "no-store"
+        headers = _HEADERS.copy()
+        if reply.media != JSON:
+            headers["Content-Type"] = reply.media
+        if reply.headers:
+            headers.update(reply.headers)
         return web.Response(body=body, status=reply.status or 200, headers=headers)
 
     async def _serve(self, exchange: _Exchange) -> Reply:
@@ -152,9 +156,15 @@ class _Server:
             auth = candidate.route is not None and candidate.route.auth
             exchange.budget = await self._limits.count(candidate.contract.name, exchange.address, auth=auth)
             _check_path(candidate)
-        calls = await self._calls(exchange)
-        replies = [await self._run(route, call, calls[0][1].prepared) for route, call in calls]
-        return replies[0] if len(replies) == 1 else _union(replies)
+        calls = [await self._call(exchange, candidate) for candidate in exchange.chosen]
+        route, call = calls[0]
+        if route.prepare is not None:
+            call.prepared = await route.prepare(call)
+        reply = await _run(route, call)
+        for other_route, other_call in calls[1:]:
+            other_call.prepared = call.prepared
+            reply = _union(reply, await _run(other_route, other_call))
+        return reply
 
     async def _settle(self, exchange: _Exchange, candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
         fields: frozenset[str] = frozenset()
@@ -177,38 +187,19 @@ class _Server:
         fitting = [candidate for candidate in chosen if _fits(candidate, exchange.raw)]
         return tuple(fitting) or chosen
 
-    async def _calls(self, exchange: _Exchange) -> list[tuple[Route, Call]]:
-        """Check access, body and query, and prepare what the routes have in common."""
-        calls = []
-        for candidate in exchange.chosen:
-            assert candidate.route is not None
-            route = candidate.route
-            await self._admit(exchange, route)
-            call = Call(
-                candidate.contract.name,
-                Client(exchange.address, _user_agent(exchange.request)),
-                candidate.params,
-                exchange.principal,
-                exchange.request.headers.get("Accept", ""),
-            )
-            if route.body is not None:
-                if exchange.raw is None:
-                    exchange.raw = await self._read(exchange)
-                call.body = parse_body(route.body, exchange.raw)
-            if route.query is not None:
-                call.query = parse_query(route.query, exchange.request.rel_url.raw_query_string)
-            calls.append((route, call))
-        first_route, first_call = calls[0]
-        if first_route.prepare is not None:
-            first_call.prepared = await first_route.prepare(first_call)
-        return calls
-
-    async def _run(self, route: Route, call: Call, prepared: object) -> Reply:
-        call.prepared = prepared
-        reply = await route.handler(call)
-        if reply.status is None and route.status != 200:
-            return Reply(reply.body, reply.media, reply.headers, route.status)
-        return reply
+    async def _call(self, exchange: _Exchange, candidate: Candidate) -> tuple[Route, Call]:
+        """Check access, body and query."""
+        route, request = candidate.route, exchange.request
+        assert route is not None, "_check_path has refused it"
+        await self._admit(exchange, route)
+        call = Call(candidate.contract.name, exchange.address, candidate.params, exchange.principal, request.headers)
+        if route.body is not None:
+            if exchange.raw is None:
+                exchange.raw = await self._read(exchange)
+            call.body = parse_body(route.body, exchange.raw)
+        if route.query is not None:
+            call.query = parse_query(route.query, request.rel_url.raw_query_string)
+        return route, call
 
     async def _admit(self, exchange: _Exchange, route: Route) -> None:
         if route.access is Access.PUBLIC:
@@ -256,25 +247,17 @@ class _Server:
         status = failure.status
         for contract in reversed(contracts):
             status = contract.statuses.get(failure.status, failure.status)
-            told = contract.envelope(
-                failure
-                if status == failure.status
-                else type(failure)(status, failure.code, failure.message, failure.details, failure.request_id)
-            )
+            told = contract.envelope(failure if status == failure.status else replace(failure, status=status))
             body = merged(told, body) if body is not None else told
-        response = web.Response(
-            body=orjson.dumps(body),
-            status=status,
-            headers={"Content-Type": JSON, "Cache-Control": "no-store", **headers},
-        )
+        response = web.Response(body=orjson.dumps(body), status=status, headers=CIMultiDict(_HEADERS, **headers))
         if status in (408, 413):
             response.force_close()  # the rest of the body is not waited for
         return response
 
     def _show(self, page: Page, exchange: _Exchange) -> web.Response:
         if exchange.request.method in ("GET", "HEAD"):
-            return web.Response(body=page.body, headers=page.headers)
-        return web.Response(status=405, headers={"Allow": "GET, HEAD"})
+            return web.Response(body=page.body, headers={**_ALWAYS, **page.headers})
+        return web.Response(status=405, headers={**_ALWAYS, "Allow": "GET, HEAD"})
 
     def _preflight(self, request: web.Request) -> web.Response | None:
         if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
@@ -284,6 +267,7 @@ class _Server:
         return web.Response(
             status=204,
             headers={
+                **_ALWAYS,
                 "Access-Control-Allow-Methods": ", ".join(METHODS),
                 "Access-Control-Allow-Headers": "Accept, Authorization, Content-Type, X-Request-ID",
                 "Access-Control-Max-Age": _CORS_SECONDS,
@@ -293,8 +277,6 @@ class _Server:
     def _finish(self, exchange: _Exchange, response: web.Response, seconds: float) -> None:
         request, headers = exchange.request, response.headers
         headers["X-Request-ID"] = exchange.request_id
-        headers["X-Content-Type-Options"] = "nosniff"
-        headers["Server"] = "skynetvpn"
         if self._settings.cors_origins:
             headers["Vary"] = "Origin"
             if (origin := request.headers.get("Origin", "")) in self._settings.cors_origins:
@@ -315,7 +297,7 @@ class _Server:
             "http.request",
             contract=contract,
             method=method,
-            path=_loggable(request.rel_url.raw_path),
+            path=loggable(request.rel_url.raw_path),
             route=route,
             status=response.status,
             ms=round(seconds * 1000, 3),
@@ -331,11 +313,13 @@ def merged(first: Any, second: Any) -> Any:
     return second | {key: merged(value, second[key]) if key in second else value for key, value in first.items()}
 
 
-def _union(replies: Sequence[Reply]) -> Reply:
-    body, headers = replies[0].body, dict(replies[0].headers)
-    for reply in replies[1:]:
-        body, headers = merged(body, reply.body), {**reply.headers, **headers}
-    return Reply(body, headers=headers, status=replies[0].status)
+async def _run(route: Route, call: Call) -> Reply:
+    reply = await route.handler(call)
+    return reply if reply.status is not None or route.status == 200 else replace(reply, status=route.status)
+
+
+def _union(first: Reply, second: Reply) -> Reply:
+    return replace(first, body=merged(first.body, second.body), headers={**second.headers, **first.headers})
 
 
 def _check_path(candidate: Candidate) -> None:
@@ -358,19 +342,7 @@ def _contract_name(exchange: _Exchange) -> str:
 
 
 def _route_name(exchange: _Exchange) -> str:
-    if not exchange.chosen or exchange.chosen[0].route is None:
-        return "none"
-    candidate = exchange.chosen[0]
-    assert candidate.route is not None
-    return candidate.contract.base + candidate.route.path
-
-
-def _user_agent(request: web.Request) -> str:
-    return _loggable(request.headers.get("User-Agent", ""))
-
-
-def _loggable(text: str) -> str:
-    return (text if text.isascii() else text.encode("ascii", "backslashreplace").decode())[:256]
+    return exchange.chosen[0].label if exchange.chosen else "none"
 
 
 async def _expect(request: web.Request) -> None:

@@ -44,7 +44,7 @@ class ConnectionRequest(Model):
     protocol: Literal["wireguard", "openvpn", "ssh", "l2tp"]
     public_key: Annotated[
         str | None,
-        StringConstraints(max_length=64),
+        StringConstraints(pattern="^[A-Za-z0-9+/]{43}=$"),
         Field(description="The client's own WireGuard public key, base64; without it the service makes the key pair"),
     ] = None
     device_id: Annotated[Text, StringConstraints(max_length=64)] | None = None

@@ -13,6 +13,7 @@ from controller.tunnels.service import Tunnels
 
 WAIT_SECONDS = 10.0  # for a node to apply what was asked for
 _MEDIA = {"conf": "text/plain", "json": JSON, "svg": "image/svg+xml", "png": "image/png"}
+_EXAMPLE_ID = "0197a1b2-7c3d-7e4f-8a5b-6c7d8e9f0a1b"
 _VENDOR_JSON = "application/vnd.skynet.v1+json"
 
 
@@ -149,7 +150,7 @@ def _auth(handlers: Skynet) -> tuple[Route, ...]:
 
 
 def _servers(handlers: Skynet) -> tuple[Route, ...]:
-    example = {"id": "0197…", "name": "fra-1", "country": "DE", "ip": "203.0.113.10", "status": "online"}
+    example = {"id": _EXAMPLE_ID, "name": "fra-1", "country": "DE", "ip": "203.0.113.10", "status": "online"}
     return (
         Route(
             method="GET",
@@ -174,8 +175,8 @@ def _servers(handlers: Skynet) -> tuple[Route, ...]:
 
 def _connections(handlers: Skynet) -> tuple[Route, ...]:
     example = {
-        "connection_id": "0197…",
-        "server_id": "0197…",
+        "connection_id": _EXAMPLE_ID,
+        "server_id": _EXAMPLE_ID,
         "status": "connecting",
         "created_at": "2025-01-01T12:00:00Z",
     }
@@ -194,7 +195,7 @@ def _connections(handlers: Skynet) -> tuple[Route, ...]:
             body=models.ConnectionRequest,
             query=models.Wait,
             answer=models.ConnectionStarted,
-            request_example={"server_id": "0197…", "protocol": "wireguard"},
+            request_example={"server_id": _EXAMPLE_ID, "protocol": "wireguard"},
             answer_example=example,
             refusals={
                 403: "The plan's limit of connections is reached",
@@ -248,7 +249,7 @@ def _connections(handlers: Skynet) -> tuple[Route, ...]:
 
 
 def _users(handlers: Skynet) -> tuple[Route, ...]:
-    example = {"id": "0197…", "username": "alice", "email": "alice@example.com", "plan": "pro"}
+    example = {"id": _EXAMPLE_ID, "username": "alice", "email": "alice@example.com", "plan": "pro"}
     return (
         Route(
             method="GET",
