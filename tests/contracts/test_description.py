@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from openapi_spec_validator import validate
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from controller.accounts.service import Client
 from shared.keys import PrivateKey
 from tests.contracts.world import PASSWORD, Api, World
 
@@ -129,8 +131,6 @@ async def test_the_page_for_people_loads_its_own_assets_only(api: Api) -> None:
 @pytest.mark.timeout(110)
 async def test_no_generated_request_gets_an_answer_that_is_not_described(alice: Api, api: Api, world: World) -> None:
     """Schemathesis makes requests, right and wrong ones, from the document; each answer has to be described there."""
-    import asyncio
-
     document = await described(api)
     schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=api.url + api.prefix)
@@ -166,8 +166,6 @@ async def test_no_generated_request_gets_an_answer_that_is_not_described(alice: 
 
 
 async def _login(world: World) -> tuple[str, object]:
-    from controller.accounts.service import Client
-
     return await world.accounts.login("bob", PASSWORD, "skynet", Client())
 
 

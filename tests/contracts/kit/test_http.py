@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import importlib
 import json
 import pkgutil
@@ -16,9 +17,12 @@ from structlog.testing import capture_logs
 
 import controller
 from controller.accounts.principal import Role
+from controller.accounts.service import User
 from controller.config import RateLimit
 from controller.contracts.kit import Access, Call, Contract, Failure, Model, Reply, Route
+from controller.contracts.kit.contract import Handler
 from controller.contracts.kit.failures import STATUSES
+from controller.contracts.kit.server import merged
 from controller.errors import DomainError, ErrorKind, InvalidInput
 from tests.contracts.world import PASSWORD, SETTINGS, Api, World, serve
 
@@ -145,7 +149,7 @@ async def test_every_error_of_the_controller_is_told_in_every_contracts_shape(
             assert told in {400, 401, 403, 404, 500, 429, 503} or contract.name != "skynet"
 
 
-def _raiser(error: Exception) -> object:
+def _raiser(error: Exception) -> Handler:
     async def fail(call: Call) -> Reply:
         raise error
 
@@ -183,8 +187,6 @@ async def test_a_token_carries_its_contract(both: Api) -> None:
 
 
 def test_the_union_of_two_failures_has_the_fields_of_both() -> None:
-    from controller.contracts.kit.server import merged
-
     assert merged({"error": "no", "code": 401}, {"detail": "no"}) == {"error": "no", "code": 401, "detail": "no"}
     prime = {"error": {"code": "UNAUTHORIZED", "message": "no", "details": [], "request_id": "r"}}
     cloudvps = {"success": False, "error": {"code": "X", "message": "no", "details": {}}}
@@ -203,8 +205,6 @@ async def test_a_login_that_fits_two_contracts_is_answered_by_both_with_a_token_
         return await login.prepare(call)
 
     async def other_login(call: Call) -> Reply:
-        from controller.accounts.service import User
-
         token, _ = await world.accounts.open_session(call.prepared_as(User), call.contract, call.client)
         return Reply({"access_token": token, "token_type": "bearer"})
 
@@ -326,8 +326,6 @@ async def test_another_content_type_is_refused(both: Api, media: str) -> None:
 
 
 async def test_a_compressed_body_is_refused(both: Api) -> None:
-    import gzip
-
     bomb = gzip.compress(b" " * 50_000_000)
     answer = await both.call(
         "POST", "/api/notes", data=bomb, headers={"Content-Type": "application/json", "Content-Encoding": "gzip"}
