@@ -112,8 +112,11 @@ class Api:
     async def connection(self, id: str) -> Connection:
         return self._decode(await self._request("GET", _path(id)), Connection)
 
-    async def connect(self, server_id: str, protocol: str, public_key: str) -> Connection:
-        wanted = {"server_id": server_id, "protocol": protocol, "public_key": public_key}
+    async def connect(self, server_id: str, protocol: str, public_key: str | None = None) -> Connection:
+        """Open a connection; without a public key the controller makes the pair, and its config has the private one."""
+        wanted = {"server_id": server_id, "protocol": protocol}
+        if public_key is not None:
+            wanted["public_key"] = public_key
         return self._decode(await self._request("POST", "/connections", wanted), Connection)
 
     async def tunnel_config(self, id: str) -> TunnelConfig:

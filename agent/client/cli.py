@@ -107,6 +107,11 @@ def _connect(command: argparse.ArgumentParser) -> None:
 
 def _config(command: argparse.ArgumentParser) -> None:
     command.add_argument("id", nargs="?", metavar="ID", help="connection id (default: the only one)")
+    command.add_argument(
+        "--new",
+        action="store_true",
+        help="for another device: open a connection whose key the controller makes; ID then names the server",
+    )
     command.add_argument("--format", choices=("conf", "json", "svg", "png"), help="default: conf; svg and png: QR code")
     command.add_argument("--file", type=Path, metavar="F", help="write it there (mode 0600) instead of to stdout")
     command.add_argument(

@@ -34,7 +34,7 @@ class Summary(msgspec.Struct, frozen=True):
     backend: str
     addresses: tuple[str, ...]
     endpoint: str
-    dns: tuple[str, ...]
+    resolver: str | None  # what sends names through the tunnel; null: they are resolved as before
     latency_ms: float | None  # round trip to the server by ICMP; null where it does not answer
 
 
@@ -47,7 +47,7 @@ async def connect(arguments: argparse.Namespace, profile: Profile) -> int:
     try:
         async with open_api(session) as api:
             progress.show(f"asking {session.url} for the servers")
-            server = await _choose(api, arguments.server or arguments.server_option)
+            server = await choose_server(api, arguments.server or arguments.server_option)
             await _clear_leftovers(api, profile, server)
             summary = await _connect(arguments, profile, api, server, progress)
     finally:
@@ -98,7 +98,8 @@ async def _end(profile: Profile, ids: list[str], *, own: bool) -> None:
             profile.forget_tunnel(id)
 
 
-async def _choose(api: Api, wanted: str | None) -> Server:
+async def choose_server(api: Api, wanted: str | None) -> Server:
+    """The server of this name or id, or the one with the least load."""
     servers = await api.servers()
     if wanted is not None:
         return selection.server_by_name(servers, wanted)
@@ -167,7 +168,7 @@ async def _connect(
         backend=local.backend,
         addresses=config.addresses,
         endpoint=config.endpoint,
-        dns=config.dns,
+        resolver=local.resolver,
         latency_ms=latency,
     )
 
@@ -235,6 +236,7 @@ def _text(summary: Summary) -> str:
         ("status", summary.status),
         ("addresses", ", ".join(summary.addresses)),
         ("interface", f"{place}, {summary.backend} WireGuard"),
+        ("names", "resolved as before" if summary.resolver is None else f"through the tunnel, by {summary.resolver}"),
         ("latency", "no answer to ping" if summary.latency_ms is None else f"{summary.latency_ms:.1f} ms"),
         ("connection", summary.connection_id),
     ]

@@ -15,6 +15,7 @@ from agent import files
 from agent.client import tunnel
 from agent.client.account import open_api
 from agent.client.api import Api, Connection, Server
+from agent.client.connect import choose_server
 from agent.client.errors import Failure, Misuse, NotLoggedIn, Unreachable
 from agent.client.output import age, json_text, size, table
 from agent.client.profile import LocalTunnel, Profile, load_or_make_key
@@ -76,13 +77,15 @@ async def config(arguments: argparse.Namespace, profile: Profile) -> int:
     format = arguments.format or ("json" if arguments.output == "json" else "conf")
     if arguments.with_key and format != "conf":
         raise Misuse("--with-key goes with --format conf")
+    if arguments.with_key and arguments.new:
+        raise Misuse("--with-key is for a tunnel of this machine, --new for another device")
     if format == _BINARY and arguments.file is None and sys.stdout.isatty():
         raise Misuse("png is no text: name a file with --file")
     async with open_api(profile.require_session()) as api:
-        id = arguments.id or await _only_connection(api, profile)
-        data = await api.config(id, format)
+        id = await _new_connection(api, arguments.id) if arguments.new else arguments.id
+        data = await api.config(id or await _only_connection(api, profile), format)
     if arguments.with_key:
-        data = _with_key(data.decode(), id, profile).encode()
+        data = _with_key(data.decode(), profile, arguments.id).encode()
     if arguments.file is not None:
         files.write_private(arguments.file, data)
     else:
@@ -189,6 +192,12 @@ def _place(row: Row) -> str:
     return place if row.local is not None else f"{place} (gone)"
 
 
+async def _new_connection(api: Api, server: str | None) -> str:
+    connection = await api.connect((await choose_server(api, server)).id, "wireguard")
+    print(f"opened connection {connection.connection_id}; skynetvpn disconnect ends it", file=sys.stderr)
+    return connection.connection_id
+
+
 async def _only_connection(api: Api, profile: Profile) -> str:
     ids = [item.connection_id for item in profile.tunnels()]
     ids = ids or [connection.connection_id for connection in await api.connections()]
@@ -197,12 +206,12 @@ async def _only_connection(api: Api, profile: Profile) -> str:
     raise Misuse("name the connection's ID: skynetvpn status lists them") if ids else Failure("there is no connection")
 
 
-def _with_key(conf: str, connection_id: str, profile: Profile) -> str:
+def _with_key(conf: str, profile: Profile, connection_id: str | None) -> str:
     """Put the private key of this machine's tunnel where the server's text has only a comment."""
-    item = next((item for item in profile.tunnels() if item.connection_id == connection_id), None)
-    if item is None:
-        raise Failure(f"{connection_id} is no tunnel of this machine, so its private key is not here")
-    key = load_or_make_key(Path(item.key_file))
+    found = [item for item in profile.tunnels() if connection_id in (None, item.connection_id)]
+    if not found:
+        raise Failure("the connection is no tunnel of this machine, so its private key is not here")
+    key = load_or_make_key(Path(found[0].key_file))
     lines = []
     for line in conf.splitlines():
         if "PrivateKey" not in line:

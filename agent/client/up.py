@@ -214,7 +214,10 @@ In another terminal, as root:
   {client} status
   {client} disconnect
 
-Another device needs UDP port 51820 of this machine, and a config with a key made for it:
+Another device that reaches UDP port 51820 of this machine scans this code:
+  {client} config --new --format svg --file phone.svg
+
+More users:
   {controller} user add NAME --email E --role user --password-stdin --config {self._settings}
 """,
             flush=True,

@@ -104,6 +104,23 @@ async def test_config_takes_in_the_key_of_this_machine(logged_in: Cli, controlle
     assert with_key.out == f"# fra1\n[Interface]\nPrivateKey = {key.reveal()}\nAddress = 10.66.0.2/32\n\n[Peer]\n"
 
 
+async def test_config_for_another_device_opens_a_connection_without_a_key(
+    logged_in: Cli, controller: FakeController
+) -> None:
+    controller.servers = [server("s1", name="fra1", load=50), server("s2", name="ams1", load=5)]
+    controller.conf = "[Interface]\nPrivateKey = x\n"
+
+    outcome = await logged_in("config", "--new")
+    named = await logged_in("config", "--new", "fra1")
+
+    assert outcome.out == controller.conf
+    assert controller.seen("POST /connections") == [
+        {"server_id": "s2", "protocol": "wireguard"},
+        {"server_id": "s1", "protocol": "wireguard"},
+    ]
+    assert "c1" in outcome.err and "c2" in named.err
+
+
 async def test_config_without_an_id_needs_exactly_one_connection(logged_in: Cli, controller: FakeController) -> None:
     assert (await logged_in("config")).status == 1
     controller.connections = [dict(LISTED), LISTED | {"connection_id": "c2"}]
