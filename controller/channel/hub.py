@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -229,11 +230,9 @@ class Hub:
         failing = False
         early = early or asyncio.Event()
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):  # the ordinary round
                 async with asyncio.timeout(every):
                     await early.wait()
-            except TimeoutError:
-                pass  # the ordinary round
             early.clear()
             try:
                 await work()

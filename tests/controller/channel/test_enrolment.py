@@ -7,6 +7,7 @@ import dataclasses
 from datetime import timedelta
 from pathlib import Path
 
+import aiohttp
 import msgspec
 import pytest
 import sqlalchemy as sa
@@ -20,7 +21,7 @@ from controller.fleet.nodes import NodeSpec, NodeStatus
 from controller.fleet.tables import JoinTokenRow, NodeRow
 from controller.store.database import Database
 from shared import jointoken
-from shared.protocol import EnrolAnswer, EnrolRefusal
+from shared.protocol import CA_PATH, CONTROLLER_NAME, EnrolAnswer, EnrolRefusal
 from tests.support.node_port import FakeAgent, NodePort, node_port, signing_request
 
 SPEC = NodeSpec(name="node-1", country="DE", city="Berlin")
@@ -43,6 +44,16 @@ async def test_a_token_is_exchanged_for_an_identity_of_ours(port: NodePort, data
         row = await session.get_one(NodeRow, answer.node_id)
     assert (row.serial, row.wireguard_public_key, row.address) == (identity.serial, agent.wireguard, "127.0.0.1")
     assert port.value("skynetvpn_enrolments_total", result="accepted") == 1
+
+
+async def test_a_host_without_a_certificate_may_read_the_authority_to_pin(port: NodePort) -> None:
+    url = f"https://127.0.0.1:{port.port}{CA_PATH}"
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(url, ssl=host(port).context(), server_hostname=CONTROLLER_NAME) as response,
+    ):
+        assert await response.read() == port.authority.bundle
+    assert jointoken.decode(await port.fleet.issue_join_token(SPEC)).ca_pin == port.authority.pin
 
 
 async def test_the_secret_is_neither_stored_nor_logged(port: NodePort, database: Database) -> None:

@@ -38,6 +38,7 @@ from shared.protocol import (
     Refused,
     Report,
     Resource,
+    Resync,
     Snapshot,
 )
 from tests.support.node_port import NEVER, FakeAgent, NodePort, eventually, node_port, until
@@ -360,6 +361,34 @@ async def test_a_refused_snapshot_waits_for_the_operator(port: NodePort, databas
     await eventually(lambda: no_problem(port))
     with pytest.raises(NothingToConfirm):
         await port.fleet.confirm_snapshot("node-1")
+    await agent.close()
+
+
+async def test_a_node_that_asks_gets_a_snapshot(port: NodePort, database: Database) -> None:
+    agent, scope = await connected(port)
+    await put(database, scope, *peers(2))
+    await converged(database, agent, scope)
+    agent.resources.clear()
+    await agent.send(Resync(scope=scope, reason="the disk was full"))
+    await until(lambda: len(agent.received(Snapshot)) == 2)
+    await converged(database, agent, scope)
+    await agent.close()
+
+
+async def test_a_refusal_about_a_scope_that_is_not_the_nodes_changes_nothing(
+    port: NodePort, database: Database
+) -> None:
+    agent, scope = await connected(port)
+    other = await port.enrolled("node-2")
+    await agent.send(Refused(scope=node_scope(other.node_id), revision=1, reason="too much"))
+    await until(lambda: port.value("skynetvpn_node_refused_snapshots_total", node="node-1") == 1)
+    await put(database, scope, *peers(1))
+    await converged(database, agent, scope)
+    async with database.read() as session:
+        assert await session.get(AppliedRow, (agent.node_id, node_scope(other.node_id))) is None
+    for name in ("node-1", "node-2"):
+        with pytest.raises(NothingToConfirm):
+            await port.fleet.confirm_snapshot(name)
     await agent.close()
 
 
