@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from controller.accounts.service import Client
-from controller.store.database import Database, open_database
-from controller.store.schema import metadata
+from controller.store.database import Database
 from tests.contracts.world import PASSWORD, Api, World, build_world, serve
-
-
-@pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    opened = open_database(f"sqlite+aiosqlite:///{tmp_path / 'controller.db'}")
-    async with opened.engine.begin() as connection:
-        await connection.run_sync(metadata.create_all)
-    yield opened
-    await opened.close()
 
 
 @pytest.fixture

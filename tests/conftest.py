@@ -1,4 +1,4 @@
-"""What every room's tests share: a real database file."""
+"""What tests of the controller and of its contracts share: a real database file."""
 
 from __future__ import annotations
 
