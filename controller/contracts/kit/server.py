@@ -105,6 +105,7 @@ class _Server:
             ["contract", "route", "method", "status"],
             registry=registry,
         )
+        self._log = log.bind()  # the module's proxy looks its configuration up at every line
         self._observers: dict[tuple[str, str, str, int], Any] = {}
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -293,7 +294,7 @@ class _Server:
         if observer is None:
             observer = self._observers[key] = self._seconds.labels(contract, route, method, str(response.status))
         observer.observe(seconds)
-        log.info(
+        self._log.info(
             "http.request",
             contract=contract,
             method=method,
