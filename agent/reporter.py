@@ -73,8 +73,10 @@ class Reporter:
         self._polled = time.monotonic()
         self._cost = self._polled - started
         if self._take(stats, first):
-            # Counters fell: perhaps the interface was made anew, and then the report must say so.
+            # Counters fell: the interface was made anew, and then the report must say so, or a client came back with
+            # the same key and waits. Read again at the next tick, when the re-check has told which.
             await self._reconciler.recheck()
+            self._polled -= self._poll_seconds
             return
         try:
             await self._report()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ PEERS = [peer(number) for number in range(5)]
 
 
 class Reports:
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, **pace: float) -> None:
         self.node, self.outbox = node, Outbox()
         self.queue = self.outbox.open()
         self.reporter = Reporter(
@@ -30,6 +31,7 @@ class Reports:
             load=LoadReader(capacity_mbit=1000, max_peers=100, proc=Path("/nowhere")),
             boot_id="boot",
             clock=lambda: node.now,
+            **pace,
         )
 
     def peer(self, number: int) -> ModelPeer:
@@ -101,6 +103,23 @@ async def test_peer_that_was_removed_and_added_again_starts_over(reports: Report
     await reports.node.send(delta(2, 3, [PEERS[1]]))
     reports.peer(1).rx = 3
     assert [item.rx for item in await reports.poll()] == [3]
+
+
+async def test_client_that_comes_back_between_two_readings_does_not_wait_for_a_third(tmp_path: Path) -> None:
+    async with Node(tmp_path) as node:
+        await node.send(welcome(), snapshot([INTERFACE, *PEERS]))
+        reports = Reports(node, poll_seconds=60, fast_seconds=0.01)
+        reports.peer(1).rx = 1000
+        assert await reports.poll()
+        await node.send(delta(1, 2, removals=[PEERS[1]]), delta(2, 3, [PEERS[1]]))
+        reports.peer(1).rx = 3
+        running = asyncio.create_task(reports.reporter.run())
+        try:
+            async with asyncio.timeout(30):
+                frame = await reports.queue.get()
+            assert isinstance(frame, Report) and [item.rx for item in frame.peers] == [3]
+        finally:
+            running.cancel()
 
 
 async def test_sessions_are_counted_from_handshakes(reports: Reports) -> None:
