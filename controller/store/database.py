@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 
 from controller.errors import DomainError, ErrorKind
@@ -109,7 +110,7 @@ class Database:
                     await session.commit()
                     if transaction.topics:
                         self.tell(transaction.committed())
-            except DBAPIError as error:
+            except (DBAPIError, PoolExhausted) as error:
                 raise translate(error) from error
 
     @asynccontextmanager
@@ -117,7 +118,7 @@ class Database:
         try:
             async with AsyncSession(self.engine, expire_on_commit=False) as session:
                 yield session
-        except DBAPIError as error:
+        except (DBAPIError, PoolExhausted) as error:
             raise translate(error) from error
 
     @asynccontextmanager
@@ -126,7 +127,7 @@ class Database:
         try:
             async with self.engine.connect() as connection:
                 yield connection
-        except DBAPIError as error:
+        except (DBAPIError, PoolExhausted) as error:
             raise translate(error) from error
 
     async def epoch(self) -> str:
@@ -153,9 +154,11 @@ def open_database(url: str) -> Database:
     return Database(engine)
 
 
-def translate(error: DBAPIError) -> Exception:
-    """A lost, locked or full database becomes StoreUnavailable; a broken rule stays what it is."""
-    return StoreUnavailable() if isinstance(error, OperationalError) or error.connection_invalidated else error
+def translate(error: DBAPIError | PoolExhausted) -> Exception:
+    """A lost, locked, full or overrun database becomes StoreUnavailable; a broken rule stays what it is."""
+    if isinstance(error, PoolExhausted | OperationalError) or error.connection_invalidated:
+        return StoreUnavailable()
+    return error
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

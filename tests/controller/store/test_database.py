@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from controller.store.database import Committed, Database, StoreUnavailable, Topic, open_database
 from controller.store.tables import FactRow, TopicRow
@@ -90,6 +91,15 @@ async def test_a_database_that_cannot_be_written_is_unavailable(tmp_path: Path) 
         async with missing.transaction() as tx:
             tx.touch(Topic.NODES)
     await missing.close()
+
+
+async def test_a_database_that_is_overrun_is_unavailable(database: Database) -> None:
+    crowded = Database(create_async_engine(database.engine.url, pool_size=1, max_overflow=0, pool_timeout=0.05))
+    async with crowded.connect():
+        with pytest.raises(StoreUnavailable):
+            async with crowded.connect():
+                raise AssertionError("there was a second connection")
+    await crowded.close()
 
 
 async def test_a_full_disk_acknowledges_nothing(database: Database) -> None:
