@@ -164,13 +164,9 @@ class Demo:
     def cli(self, *argv: str, stdin: str | None = None, **environment: str) -> Any:
         """Run the client where the API is on loopback; returns what it answers in JSON."""
         home = {"XDG_CONFIG_HOME": str(self.directory / "config"), "XDG_STATE_HOME": str(self.directory / "state")}
-        before = os.environ.copy()
-        os.environ.update(home | environment)
-        try:
-            answer = self.controller.run(script("skynetvpn"), "-o", "json", *argv, stdin=stdin, timeout=60)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        variables = [f"{name}={value}" for name, value in (home | environment).items()]
+        program = ("env", *variables, script("skynetvpn"), "-o", "json")
+        answer = self.controller.run(*program, *argv, stdin=stdin, timeout=60)
         return json.loads(answer)
 
     def ready(self) -> bool:
@@ -269,7 +265,7 @@ def main() -> int:
     if words := problem():
         print(words, file=sys.stderr)
         return 1
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     began, status = time.monotonic(), 1
     try:
