@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from agent.client.api import Server
@@ -23,9 +24,13 @@ def server_by_name(servers: Sequence[Server], wanted: str) -> Server:
 
 
 def least_loaded(servers: Sequence[Server]) -> Server | None:
-    """The online server with the least load; the name decides between equals, so that the choice is repeatable."""
+    """The online server with the least load; name and id decide between equals, so that the choice is repeatable."""
     online = [server for server in servers if server.status == ONLINE]
-    return min(online, key=lambda server: (100.0 if server.load is None else server.load, server.name), default=None)
+    return min(online, key=_order, default=None)
+
+
+def _order(server: Server) -> tuple[float, str, str]:
+    return (math.inf if server.load is None else server.load, server.name, server.id)
 
 
 def tunnels_by_name(tunnels: Sequence[LocalTunnel], wanted: str | None) -> list[LocalTunnel]:
