@@ -33,6 +33,10 @@ _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
 _ANSWER_SECONDS = 15  # for the upgrade, and again for the Welcome
 _DISMISSED_SECONDS = 600.0
 _NOT_YET_VALID, _EXPIRED = 9, 10  # X509_V_ERR_* of OpenSSL
+_REFUSALS = {
+    401: "the controller does not know the certificate of this node: enrol this host again with a new token",
+    403: "the controller has disabled or locked this node: `skynetvpn-controller node list` tells there",
+}
 
 log = structlog.get_logger()
 
@@ -234,7 +238,7 @@ class Link:
         if time.time() < times.not_before:
             return "the node's certificate is not valid yet: check the clock of this host"
         if isinstance(error, aiohttp.WSServerHandshakeError):
-            return f"the controller answered {error.status}"
+            return _REFUSALS.get(error.status, f"the controller answered {error.status}")
         return in_words(error)
 
 

@@ -107,7 +107,7 @@ class FakeController:
         self.refusal: EnrolRefusal | None = None
         self.lose_reply = False
         self.answers: dict[bytes, EnrolAnswer] = {}
-        self.refused_certificates: set[bytes] = set()
+        self.refuses_with: int | None = None  # status of the answer to every node that dials
         self.hellos: list[Hello] = []
         self.serials: list[int] = []
         self.frames: asyncio.Queue[FromAgent] = asyncio.Queue()
@@ -186,8 +186,8 @@ class FakeController:
     async def _channel(self, request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
         der = request.transport.get_extra_info("ssl_object").getpeercert(True)
-        if der is None or der in self.refused_certificates:
-            return web.Response(status=403)
+        if der is None or self.refuses_with is not None:
+            return web.Response(status=self.refuses_with or 401)
         self.serials.append(x509.load_der_x509_certificate(der).serial_number)
         socket = web.WebSocketResponse(max_msg_size=4 << 20)
         await socket.prepare(request)
