@@ -44,6 +44,7 @@ from controller.tunnels.service import Tunnels, TunnelSettings
 from shared import __version__
 
 SHUTDOWN_TIMEOUT = 5.0  # seconds that open requests have to end
+IDLE_TIMEOUT = 75.0  # seconds that a connection may go without a whole request head
 _BEAT = 1.0  # seconds between two signs of life of the loop
 _PURGE_INTERVAL = 3600.0
 
@@ -223,7 +224,13 @@ async def _purge_sessions(accounts: Accounts) -> None:
 @asynccontextmanager
 async def _listening(application: web.Application, address: str, context: ssl.SSLContext | None) -> AsyncIterator[None]:
     host, port = split_address(address)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT)
+    runner = web.AppRunner(
+        application,
+        access_log=None,
+        shutdown_timeout=SHUTDOWN_TIMEOUT,
+        keepalive_timeout=IDLE_TIMEOUT,
+        auto_decompress=False,  # nobody sends compressed bodies but those who want to fill the memory
+    )
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port, ssl_context=context).start()

@@ -221,7 +221,7 @@ def read_secrets(path: Path) -> SecretBox:
             key = bytes.fromhex(text)
         except ValueError:
             key = b""
-        if not key_id or len(key) != _SECRET_BYTES or len(set(key)) < _SECRET_BYTES // 4:
+        if not key_id or len(key) != _SECRET_BYTES or len(set(key)) < _SECRET_BYTES // 2:
             raise SettingsError(str(path), [f"line {number}: expected `id:` and {_SECRET_BYTES} random bytes in hex"])
         keys[key_id] = key
     if not keys:

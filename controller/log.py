@@ -7,6 +7,9 @@ import sys
 
 import orjson
 import structlog
+from aiohttp.http import HttpProcessingError
+from aiohttp.web import RequestPayloadError
+from structlog.stdlib import ProcessorFormatter
 
 
 def configure(level: str) -> None:
@@ -24,7 +27,24 @@ def configure(level: str) -> None:
         logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
         cache_logger_on_first_use=True,
     )
-    # Libraries that use the standard logging speak through the same channel, warnings and worse only.
-    logging.basicConfig(
-        level=max(number, logging.WARNING), stream=sys.stderr, format="%(levelname)s %(name)s %(message)s"
+    # Libraries that use the standard logging speak in the same form, warnings and worse only.
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_is_ours)
+    handler.setFormatter(
+        ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_logger_name,
+                structlog.stdlib.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.processors.format_exc_info,
+            ],
+            processors=[ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer(default=str)],
+        )
     )
+    logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler])
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Not what is no HTTP: it is answered with 400, and a stranger must not fill the log with tracebacks."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | RequestPayloadError)

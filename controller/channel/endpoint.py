@@ -84,7 +84,7 @@ class Endpoint:
         try:
             async with asyncio.timeout(_BODY_DEADLINE):
                 wanted = msgspec.msgpack.decode(await request.read(), type=EnrolRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError, TimeoutError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, TimeoutError, web.RequestPayloadError) as error:
             raise EnrolmentMalformed from error
         answer = await self._identities.enrol(wanted, address)
         return web.Response(body=msgspec.msgpack.encode(answer), content_type=_MEDIA_TYPE)
