@@ -30,6 +30,7 @@ class Convergence:
         self.prune = False  # until the first sync nothing is removed from the host
         self.generation = ""
         self._host, self._counters = host, counters
+        self._proven: bytes | None = None  # the host's fingerprint when it was seen to be exactly as desired
         self._running = ""  # the interface that this process has set up
         self._down: str | None = None  # why no peer can be on the host at all
         self._faults: dict[str, dict[Name, str]] = {}
@@ -38,6 +39,7 @@ class Convergence:
     async def become(self, desired: Desired) -> None:
         """Take over the new desired state as a whole."""
         before, self.desired = self.desired, desired
+        self._proven = None
         old, new = before.interface, desired.interface
         if self.prune and old is not None and self._running == old.name and (new is None or new.name != old.name):
             try:
@@ -75,6 +77,7 @@ class Convergence:
 
     async def apply(self, change: Change, *, reason: str) -> None:
         """Do a small change on a host that is as desired otherwise; the cost is that of the change."""
+        self._proven = None
         spec = self.desired.interface
         if spec is None or self._down is not None:
             return  # the change is desired now, and waits with all the others for the interface
@@ -97,10 +100,15 @@ class Convergence:
             if await self._host.protect(spec):
                 self._counters.drift += 1
                 log.warning("firewall_healed")
+            seen = await self._host.fingerprint(spec.name)
+            if seen is not None and seen == self._proven:
+                return True
             device = await self._host.observe(spec.name)
+            same = not self._plan(device) and device is not None and device.generation == self.generation
+            self._proven = seen if same and seen == await self._host.fingerprint(spec.name) else None
         except DriverError:
             return False
-        return not self._plan(device) and device is not None and device.generation == self.generation
+        return same
 
     async def impact(self, wanted: Desired, *, prune: bool) -> tuple[int, int]:
         """How many peers of this node `wanted` would remove, and how many it has: stored for it, or on the host where

@@ -41,6 +41,9 @@ class Host:
     async def observe(self, name: str) -> Device | None:
         return await (await self.wireguard()).observe(name)
 
+    async def fingerprint(self, name: str) -> bytes | None:
+        return await (await self.wireguard()).fingerprint(name)
+
     async def stats(self, name: str) -> list[PeerStats]:
         return await (await self.wireguard()).stats(name)
 

@@ -48,7 +48,7 @@ class ModelWireGuard:
         return device
 
     def writes(self) -> list[tuple[str, object]]:
-        return [call for call in self.calls if call[0] not in ("observe", "stats")]
+        return [call for call in self.calls if call[0] not in ("observe", "fingerprint", "stats")]
 
     async def observe(self, name: str) -> Device | None:
         self._enter("observe", name)
@@ -72,6 +72,14 @@ class ModelWireGuard:
                 for key, peer in device.peers.items()
             ),
         )
+
+    async def fingerprint(self, name: str) -> bytes | None:
+        self._enter("fingerprint", name)
+        device = self.devices.get(name)
+        if device is None:
+            return None
+        peers = {key: (peer.allowed_ips, peer.preshared_key, peer.keepalive) for key, peer in device.peers.items()}
+        return repr((device.spec, device.key and device.key.raw, device.generation, peers)).encode()
 
     async def ensure(self, spec: Interface, private_key: PrivateKey) -> None:
         self._enter("ensure", spec.name)

@@ -340,7 +340,30 @@ async def test_recheck_heals_and_reports_what_somebody_changed_by_hand(tmp_path:
         assert node.present() == {item.public_key for item in PEERS}
         node.wireguard.calls.clear()
         await node.reconciler.recheck()
-        assert [call for call, _ in node.wireguard.calls] == ["observe"]
+        assert [call for call, _ in node.wireguard.calls] == ["fingerprint", "observe", "fingerprint"]
+        node.wireguard.calls.clear()
+        await node.reconciler.recheck()
+        assert [call for call, _ in node.wireguard.calls] == ["fingerprint"]
+
+
+async def test_what_was_proven_once_is_proven_again_when_the_host_or_the_wish_changes(tmp_path: Path) -> None:
+    async with Node(tmp_path) as node:
+        await node.send(welcome(), snapshot([INTERFACE, *PEERS]))
+        await node.reconciler.recheck()
+        node.wireguard.devices["wg0"].peers[PEERS[3].public_key].keepalive = 99
+        await node.reconciler.recheck()
+        assert node.last(Drift) == Drift(scope=SCOPE, changed=1)
+        assert node.wireguard.devices["wg0"].peers[PEERS[3].public_key].keepalive == 0
+        await node.reconciler.recheck()
+        proven = await node.wireguard.fingerprint("wg0")
+        await node.send(delta(1, 2, removals=[PEERS[0]]))
+        await node.wireguard.apply_peers("wg0", [PEERS[0]])  # by hand: the host is again as it was when it was proven
+        node.wireguard.devices["wg0"].peers = {
+            item.public_key: node.wireguard.devices["wg0"].peers[item.public_key] for item in PEERS
+        }
+        assert await node.wireguard.fingerprint("wg0") == proven
+        await node.reconciler.recheck()
+        assert PEERS[0].public_key not in node.present()
 
 
 async def test_interface_that_was_deleted_comes_back_with_the_next_change(tmp_path: Path) -> None:

@@ -287,6 +287,36 @@ async def test_wide_prefixes_of_an_adopted_interface_are_seen(driver: Driver, ho
     assert set(peer.allowed_ips) == {"0.0.0.0/0", "fd00::/8", "10.1.2.0/25"}
 
 
+async def test_the_fingerprint_stays_until_something_is_changed(driver: Driver, host: Namespace, wg: Interface) -> None:
+    fleet = many_peers(500)
+    await driver.apply_peers(wg.name, fleet)
+    seen = {await driver.fingerprint(wg.name)}
+    assert seen == {await driver.fingerprint(wg.name)}
+    await driver.apply_peers(wg.name, fleet[:20])
+    assert seen == {await driver.fingerprint(wg.name)}
+    changed = Peer(public_key=fleet[7].public_key, allowed_ips=fleet[7].allowed_ips[:1])
+    for peer in (
+        changed,
+        Peer(public_key=changed.public_key, allowed_ips=changed.allowed_ips, keepalive=5),
+        Peer(public_key=changed.public_key, allowed_ips=changed.allowed_ips, preshared_key=os.urandom(32)),
+        a_peer("10.99.0.1/32"),
+    ):
+        await driver.apply_peers(wg.name, [peer])
+        found = await driver.fingerprint(wg.name)
+        assert found not in seen
+        seen.add(found)
+    await driver.remove_peers(wg.name, [fleet[1].public_key])
+    seen.add(await driver.fingerprint(wg.name))
+    host.run("ip", "link", "set", wg.name, "mtu", "1300")
+    seen.add(await driver.fingerprint(wg.name))
+    host.run("ip", "address", "add", "10.77.0.1/32", "dev", wg.name)
+    seen.add(await driver.fingerprint(wg.name))
+    host.run("ip", "link", "set", wg.name, "down")
+    seen.add(await driver.fingerprint(wg.name))
+    assert len(seen) == 9
+    assert await driver.fingerprint(unique("none")) is None
+
+
 async def test_peers_are_read_while_others_come_and_go(driver: Driver, backend: Backend, wg: Interface) -> None:
     stay = many_peers(600)
     await driver.apply_peers(wg.name, stay)
@@ -380,6 +410,11 @@ async def test_packets_pass_and_are_counted(driver: Driver, client: Client, endp
     host, _, port = entry.endpoint.rpartition(":")
     assert host == ("192.0.2.2" if endpoint == "192.0.2.1" else "[2001:db8::2]")
     assert port.isdecimal()
+
+    fingerprint = await driver.fingerprint(spec.name)
+    await client.ping("10.66.0.1")
+    assert (await one(driver, spec.name)).rx > entry.rx
+    assert await driver.fingerprint(spec.name) == fingerprint
 
 
 async def test_reapplying_and_adopting_keep_counters_endpoint_and_sessions(

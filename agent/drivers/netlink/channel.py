@@ -33,6 +33,7 @@ _NETLINK_EXT_ACK = 11
 # round trips, and one with no room for a single record makes the kernel answer for ever.
 _RECEIVE_BYTES = 64 * 1024
 _SOCKET_BUFFER = 4 * 1024 * 1024
+_SMALL_BYTES = 1024
 _TIMEOUT = 30.0
 _DUMP_ATTEMPTS = 10
 
@@ -66,7 +67,18 @@ class Channel:
         return await asyncio.to_thread(self._locked, lambda: self._request(what, type_, payload, flags))
 
     async def requests(self, what: str, type_: int, payloads: Iterable[bytes]) -> None:
-        """Send requests one after the other; the first error ends it. The thread also takes them from the iterable."""
+        """Send requests one after the other; the first error ends it. The thread also takes them from the iterable.
+
+        A list of one small request is not worth a thread: the kernel has done it when the send returns.
+        """
+        only = payloads[0] if isinstance(payloads, list) and len(payloads) == 1 else None
+        # The lock is taken while the exchange of a caller that was cancelled still runs.
+        if only is not None and len(only) <= _SMALL_BYTES and self._lock.acquire(blocking=False):
+            try:
+                self._request(what, type_, only, 0)
+            finally:
+                self._lock.release()
+            return
 
         def all_of_them() -> list[bytes]:
             for payload in payloads:

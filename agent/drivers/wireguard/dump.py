@@ -6,10 +6,12 @@ that the attribute headers are the expected ones; a peer that looks different is
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from agent.drivers.netlink.codec import NLA_TYPE_MASK, MalformedMessage, attributes
 from agent.drivers.wireguard import allowedips
@@ -50,6 +52,13 @@ _PEER_HEADERS = (
 )
 _IPV4_ENDPOINT = header(PEER_ENDPOINT, 16)
 _IPV6_ENDPOINT = header(PEER_ENDPOINT, 28)
+_IPV4_AT = struct.Struct("!4s2xH4s")  # header, family, port, address
+# What traffic moves in a peer (handshake, sent and received, endpoint), around what it does not.
+_TRAFFIC = re.compile(
+    b"%b.{16}(%b.{4})%b.{8}%b.{8}(%b.{4})(?:%b.{16}|%b.{28})?"
+    % tuple(map(re.escape, (*_PEER_HEADERS[2:], _IPV4_ENDPOINT, _IPV6_ENDPOINT))),
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,14 @@ def parse_settings(dump: Sequence[bytes]) -> Settings:
         listen_port=int(struct.unpack("=H", values[DEVICE_LISTEN_PORT])[0]),
         private_key=bytes(values.get(DEVICE_PRIVATE_KEY, empty)),
     )
+
+
+def fingerprint(dump: Sequence[bytes]) -> bytes:
+    """A hash of the dump without what traffic moves. A first endpoint of a peer changes it too: its record grows."""
+    found = blake2b(digest_size=16)
+    for data in dump:
+        found.update(b"".join(_TRAFFIC.split(data)))
+    return found.digest()
 
 
 def parse_stats(dump: Sequence[bytes]) -> list[PeerStats]:
@@ -174,11 +191,11 @@ def _stats(values: dict[int, memoryview]) -> PeerStats:
 
 def _endpoint_at(data: bytes, offset: int) -> str:
     """The endpoint where one stands at this offset (the next attribute may be another), as host:port."""
-    head = data[offset : offset + HEADER.size]
-    if head == _IPV4_ENDPOINT:  # family, port, address
-        port = int.from_bytes(data[offset + 6 : offset + 8])
-        return f"{socket.inet_ntoa(data[offset + 8 : offset + 12])}:{port}"
+    if len(data) < offset + _IPV4_AT.size:
+        return ""
+    head, port, address = _IPV4_AT.unpack_from(data, offset)
+    if head == _IPV4_ENDPOINT:
+        return f"{socket.inet_ntoa(address)}:{port}"
     if head == _IPV6_ENDPOINT:  # family, port, flow, address, scope
-        port = int.from_bytes(data[offset + 6 : offset + 8])
         return f"[{socket.inet_ntop(socket.AF_INET6, data[offset + 12 : offset + 28])}]:{port}"
     return ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
+from hashlib import blake2b
 from ipaddress import ip_interface
 
 from agent.drivers.base import DriverError
@@ -24,6 +26,12 @@ def generation(link: Link) -> str:
     """The tag; an interface that nobody has adopted yet (`settle`) has none and answers with its index."""
     tag = _TAG.search(link.alias)
     return tag[1] if tag else f"index-{link.index}"
+
+
+def fingerprint(link: Link, addresses: Sequence[str], rest: bytes) -> bytes:
+    """The hash of what both kinds have in common, and of the rest."""
+    common = repr((link.index, link.alias, link.mtu, link.up, addresses))
+    return blake2b(common.encode() + rest, digest_size=16).digest()
 
 
 async def find(rtnl: Rtnl, name: str, kind: str) -> Link | None:

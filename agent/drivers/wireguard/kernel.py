@@ -19,6 +19,7 @@ from shared.protocol import PeerStats
 
 _NETLINK_GENERIC = 16
 _KIND = "wireguard"
+_FEW = 4  # peers
 
 
 class KernelWireGuard:
@@ -60,6 +61,13 @@ class KernelWireGuard:
             peers=await asyncio.to_thread(dump.parse_peers, answer),
         )
 
+    async def fingerprint(self, name: str) -> bytes | None:
+        link = await interface.find(self._rtnl, name, _KIND)
+        if link is None:
+            return None
+        rest = await asyncio.to_thread(dump.fingerprint, await self._dump(name))
+        return interface.fingerprint(link, await self._rtnl.addresses(link), rest)
+
     async def ensure(self, spec: Interface, private_key: PrivateKey) -> None:
         name = spec.name
         link = await interface.find(self._rtnl, name, _KIND)
@@ -80,10 +88,11 @@ class KernelWireGuard:
             await self._set(what, [message.set_listen_port(name, spec.listen_port)])
 
     async def apply_peers(self, name: str, peers: Sequence[Peer]) -> None:
-        await self._set(f"set {len(peers)} peers of {name}", message.set_peers(name, peers))
+        await self._set(f"set {len(peers)} peers of {name}", _few(peers, message.set_peers(name, peers)))
 
     async def remove_peers(self, name: str, public_keys: Sequence[bytes]) -> None:
-        await self._set(f"remove {len(public_keys)} peers of {name}", message.remove_peers(name, public_keys))
+        requests = _few(public_keys, message.remove_peers(name, public_keys))
+        await self._set(f"remove {len(public_keys)} peers of {name}", requests)
 
     async def set_server(self, name: str, server: ServerPeer) -> None:
         await self._set(f"set the server of {name}", message.set_server(name, server))
@@ -105,3 +114,8 @@ class KernelWireGuard:
 
     async def _dump(self, name: str) -> list[bytes]:
         return await self._channel.dump(f"read {name}", self._family, message.get_device(name))
+
+
+def _few(items: Sequence[object], requests: Iterable[bytes]) -> Iterable[bytes]:
+    """Encode what is little here, so that it can be sent from here; what is much, in the thread that sends it."""
+    return list(requests) if len(items) <= _FEW else requests

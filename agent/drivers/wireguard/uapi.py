@@ -7,6 +7,7 @@ import re
 from binascii import unhexlify
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from agent.drivers.wireguard.server import ServerPeer
 from shared.desired import Peer
@@ -37,6 +38,9 @@ _PEER = re.compile(
     r"rx_bytes=.+\n"
     r"persistent_keepalive_interval=(.+)\n"
     r"((?:allowed_ip=.+\n)*)"
+)
+_TRAFFIC = re.compile(
+    r"(?:endpoint=.+\n)?last_handshake_time_sec=.+\nlast_handshake_time_nsec=.+\ntx_bytes=.+\nrx_bytes=.+\n"
 )
 
 
@@ -107,6 +111,12 @@ def parse_peers(answer: str) -> tuple[Peer, ...]:
     if len(found) != answer.count("public_key="):
         return tuple(map(_parse_peer, _blocks(answer)))
     return tuple([_made(*texts) for texts in found])
+
+
+def fingerprint(answer: str) -> bytes:
+    """A hash of the answer without what traffic moves, and without the order of the peers, which is any."""
+    lasting = _TRAFFIC.sub("", answer.rpartition("errno=")[0])
+    return blake2b("".join(sorted(lasting.split("public_key="))).encode(), digest_size=16).digest()
 
 
 def parse_stats(answer: str) -> list[PeerStats]:

@@ -56,6 +56,13 @@ class UserspaceWireGuard:
             peers=peers,
         )
 
+    async def fingerprint(self, name: str) -> bytes | None:
+        link = await interface.find(self._rtnl, name, _KIND)
+        if link is None:
+            return None
+        rest = await self._socket(name).get(f"read {name}", uapi.fingerprint)
+        return interface.fingerprint(link, await self._rtnl.addresses(link), rest)
+
     async def ensure(self, spec: Interface, private_key: PrivateKey) -> None:
         name = spec.name
         link = await interface.find(self._rtnl, name, _KIND)

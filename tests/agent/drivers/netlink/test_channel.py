@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -122,6 +124,19 @@ async def test_the_first_refused_request_ends_a_series() -> None:
         pytest.raises(DriverError, match="Operation not permitted"),
     ):
         await channel.requests("set", 1, [b"1", b"2", b"3"])
+    assert len(asked) == 2
+
+
+async def test_one_small_request_takes_no_way_through_a_thread() -> None:
+    loop = asyncio.get_running_loop()
+    with kernel(lambda n: [failed(n, 0)], lambda n: [failed(n, errno.EPERM)]) as (channel, asked):
+        with ThreadPoolExecutor(1) as closed:
+            loop.set_default_executor(closed)
+        await channel.requests("set", 1, [b"1"])
+        with pytest.raises(DriverError, match="set: Operation not permitted"):
+            await channel.requests("set", 1, [b"1"])
+        with pytest.raises(RuntimeError, match="cannot schedule"):
+            await channel.requests("set", 1, [bytes(10_000)])
     assert len(asked) == 2
 
 
