@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -26,6 +26,7 @@ from shared.protocol import (
     Hello,
     PeerStats,
     Refused,
+    ResourceName,
     Resync,
     Snapshot,
     Welcome,
@@ -240,9 +241,11 @@ class Reconciler:
             self._answer(frame.scope)  # a replay: it is here already
             return
         if frame.base > scope.revision:
+            await self._revoke(frame.scope, _peers(frame.removals))
             self._resync(frame.scope, f"the node has revision {scope.revision}, not {frame.base}")
             return
         if not await self._stored(self._state.change(frame.scope, frame.revision, frame.upserts, frame.removals)):
+            await self._revoke(frame.scope, _peers(frame.removals))
             self._resync(frame.scope, "the node could not store the change")
             return
         self._synchronised(frame.scope)
@@ -302,12 +305,25 @@ class Reconciler:
             self._refuse(frame.scope, frame.revision, words, removes, present)
             return
         if not await self._stored(self._state.replace(frame.scope, frame.epoch, frame.revision, resources)):
+            if kept is not None:
+                await self._revoke(
+                    frame.scope, [peer.key for key, peer in kept.peers.items() if key not in scope.peers]
+                )
             self._resync(frame.scope, "the node could not store the snapshot")
             return
         self._synchronised(frame.scope)
         self._epoch, self._convergence.prune = frame.epoch, prune
         await self._convergence.become(wanted)
         self._answer(frame.scope)
+
+    async def _revoke(self, name: str, keys: Sequence[str]) -> None:
+        """Take peers off the host whose end is known but cannot be stored now: nobody revoked stays for a full disk.
+
+        It is not acknowledged: after a restart the disk would bring them back, and the controller has to say it again.
+        """
+        if keys:
+            names = [(Kind.WIREGUARD_PEER, key) for key in keys]
+            await self._convergence.apply(self._desired.change(name, [], names, self._clock()), reason="not_stored")
 
     # --- the re-check ---
 
@@ -396,3 +412,7 @@ class Reconciler:
                 self._busy_since = None
                 if self._convergence.failing() and not failing:
                     self._began_to_fail.set()
+
+
+def _peers(names: Sequence[ResourceName]) -> list[str]:
+    return [name.key for name in names if name.kind == Kind.WIREGUARD_PEER]

@@ -145,6 +145,28 @@ async def test_full_disk_acknowledges_nothing_keeps_serving_and_heals(tmp_path: 
         assert answer == Applied(scope=SCOPE, revision=2, digest=digest([INTERFACE, *PEERS, *many]))
 
 
+async def test_full_disk_keeps_nobody_who_was_revoked(tmp_path: Path) -> None:
+    async with Node(tmp_path) as node:
+        await node.send(welcome(), snapshot([INTERFACE, *PEERS]))
+        database = node.state._database()
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        many = [peer(number) for number in range(100, 600)]
+        (answer,) = await node.send(delta(1, 2, many, removals=PEERS[:1]))
+        assert isinstance(answer, Resync)
+        assert node.present() == {item.public_key for item in PEERS[1:]}
+        assert node.reconciler.hello().revisions == {SCOPE: 1}
+        await node.send(snapshot([INTERFACE, *PEERS[2:], *many], 3))
+        assert node.present() == {item.public_key for item in PEERS[2:]}
+        await node.send(delta(3, 4, removals=PEERS[2:3]))
+        await node.reconciler.recheck()
+        assert node.present() == {item.public_key for item in PEERS[3:]}
+        assert not any(isinstance(frame, Applied) and frame.revision > 1 for frame in node.frames)
+    async with Node(tmp_path, node.wireguard) as again:  # the disk knows nothing of it, the controller says it again
+        assert isinstance((await again.send(welcome(), delta(1, 2, removals=PEERS[:1])))[-1], Applied)
+        assert again.present() == {item.public_key for item in PEERS[1:]}
+
+
 def occupy(directory: Path) -> None:
     """Put directories that cannot be replaced where the files belong."""
     for name_ in ("state.db", "state.db.damaged"):

@@ -81,7 +81,9 @@ def test_config_of_a_key_made_by_the_service_works_and_leaves_no_secret_behind(f
     assert tunnel.interface.encode() not in agent_state and b"sky0" in agent_state
     logs = fleet.controller_log.read_bytes() + fleet.agent_log.read_bytes()
     assert connection_id.encode() in logs
-    metrics = fleet.call("GET", "/metrics").body + fleet.node.run("curl", "-s", "http://127.0.0.1:9586/metrics").encode()
+    metrics = (
+        fleet.call("GET", "/metrics").body + fleet.node.run("curl", "-s", "http://127.0.0.1:9586/metrics").encode()
+    )
     for name, value in secrets.items():
         for place, content in {"logs": logs, "process list": running, "metrics": metrics}.items():
             assert not present(value, content), f"the {name} is in the {place}"
@@ -105,7 +107,7 @@ def known_secrets(fleet: Installation, conf: str) -> dict[str, bytes]:
 
 
 def present(value: bytes, content: bytes) -> bool:
-    """Whether it is there as it is, or what it encodes: as bytes, in hex (the process's own control socket) or base64."""
+    """Whether it is there as it is, or what it encodes: as bytes, in hex (as on WireGuard's socket) or base64."""
     forms = {value}
     for decode in (base64.b64decode, bytes.fromhex):
         try:

@@ -46,7 +46,7 @@ def test_controller_without_space_accepts_nothing_and_tunnels_go_on(fleet: Insta
 
 
 def test_agent_without_space_acknowledges_nothing_and_catches_up(fleet: Installation) -> None:
-    mine = fleet.connect()
+    mine, leaving = fleet.connect(), fleet.connect()
     with fleet.tunnel(mine) as tunnel, tunnel.stream(INTERNET) as stream:
         peers = fleet.peers()
         with fleet.full_disk(fleet.node, fleet.agent_home):
@@ -56,8 +56,11 @@ def test_agent_without_space_acknowledges_nothing_and_catches_up(fleet: Installa
             fleet.wait(lambda: fleet.agent_metric("skynetvpn_agent_store_errors_total") > 0, "nothing fails")
             assert str(key.public()) not in fleet.peers(), "applied, but not stored: a restart would undo it"
             assert fleet.live()[made.json["connection_id"]]["status"] == "connecting"
+            gone = fleet.delete_connection(leaving.id)
+            assert (gone.status, gone.headers["X-Applied"]) == (200, "false")
+            assert leaving.public_key not in fleet.peers(), "the disk keeps somebody who was revoked"
             assert "state_not_stored" in fleet.agent_log.read_text()
-            assert peers.keys() <= fleet.peers().keys()
+            assert fleet.peers().keys() == peers.keys() - {leaving.public_key}
             stream.flows()
         took = fleet.wait(lambda: str(key.public()) in fleet.peers(), "the change does not arrive")
         print(f"caught up {took:.2f} s after there was space")
