@@ -125,8 +125,8 @@ class Installation:
 
     def copy_template(self) -> None:
         """Take the directories over; before it something may be mounted at their places."""
-        for host, home in ((self.controller, self.home), (self.node, self.agent_home)):
-            shutil.copytree(self.template.directory / home.name, self._seen(host, home), dirs_exist_ok=True)
+        for name, host, home in (("controller", self.controller, self.home), ("agent", self.node, self.agent_home)):
+            shutil.copytree(self.template.directory / name, self._seen(host, home), dirs_exist_ok=True)
 
     def begin(self) -> None:
         """Start both services and log in."""

@@ -94,7 +94,8 @@ def test_config_of_a_key_made_by_the_service_works_and_leaves_no_secret_behind(f
 
 def known_secrets(fleet: Installation, conf: str) -> dict[str, bytes]:
     def field(name: str) -> bytes:
-        return re.findall(rf"^{name} = (.+)$", conf, flags=re.MULTILINE)[0].encode()
+        (value,) = re.findall(rf"^{name} = (.+)$", conf, flags=re.MULTILINE)
+        return str(value).encode()
 
     return {
         "password": fleet.template.password.encode(),
@@ -111,7 +112,7 @@ def present(value: bytes, content: bytes) -> bool:
     forms = {value}
     for decode in (base64.b64decode, bytes.fromhex):
         try:
-            raw = decode(value.decode())  # type: ignore[operator]
+            raw = decode(value.decode())
         except ValueError:
             continue
         if len(raw) >= 24:
