@@ -1,0 +1,32 @@
+"""What the database's files hold of the secrets of connections: as little as they can, and nothing afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def held(directory: Path, secret: bytes) -> list[str]:
+    """The files that the secret can be read from."""
+    return [path.name for path in sorted(directory.glob("controller.db*")) if secret in path.read_bytes()]
+
+
+async def test_nothing_of_an_ended_connection_is_left_in_the_file(world: Any, tmp_path: Path) -> None:
+    tunnels = world.tunnels()
+    made = await tunnels.create(world.alice, "skynet", world.nodes[0], "wireguard")
+    config = await tunnels.client_config(world.alice, made.id)
+    assert config.private_key is not None and config.preshared_key is not None
+    await checkpoint(world)
+    assert held(tmp_path, config.private_key.raw) == []  # sealed from the start
+    assert held(tmp_path, config.preshared_key.raw) == ["controller.db"]  # the node has to be told it
+    await tunnels.terminate(world.alice, made.id)
+    await checkpoint(world)
+    assert held(tmp_path, config.preshared_key.raw) == []
+    assert held(tmp_path, made.id.encode()) == ["controller.db"]
+
+
+async def checkpoint(world: Any) -> None:
+    """The log goes into the file, as it does by itself after some more commits."""
+    async with world.database.engine.connect() as connection:
+        raw = await connection.get_raw_connection()
+        await raw.driver_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
