@@ -6,22 +6,24 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from controller import app, log
+from controller import log
 from controller.accounts.principal import Plan, Role
 from controller.config import Config, LogLevel, read_config
-from controller.errors import DomainError
-from controller.fleet.errors import AuthorityUnusable
+from controller.errors import DomainError, Unusable
 from controller.fleet.nodes import NodeSpec, NodeStatus
-from controller.setup import AlreadyThere, initialise
 from shared import __version__
 from shared.settings import SettingsError
+
+if TYPE_CHECKING:
+    from controller.app import Services
 
 DEFAULT_CONFIG = Path("/etc/skynetvpn/controller.yaml")
 _FAILED = 1
@@ -42,7 +44,7 @@ def main() -> None:
         for problem in error.problems:
             print(f"  {problem}", file=sys.stderr)
         sys.exit(_FAILED)
-    except (DomainError, AlreadyThere, AuthorityUnusable, OSError) as error:
+    except (DomainError, Unusable, OSError) as error:
         print(f"skynetvpn-controller: {error}", file=sys.stderr)
         sys.exit(_FAILED)
     except KeyboardInterrupt:
@@ -50,6 +52,8 @@ def main() -> None:
 
 
 async def _init(arguments: argparse.Namespace) -> None:
+    from controller.setup import initialise
+
     directory: Path = arguments.dir
     config = await initialise(directory, arguments.listen, arguments.node_listen, arguments.node_address)
     print(f"made {directory}: the API will listen on {config.listen}, nodes will dial {config.dialled_address()}")
@@ -58,6 +62,8 @@ async def _init(arguments: argparse.Namespace) -> None:
 
 
 async def _run(arguments: argparse.Namespace) -> None:
+    from controller import app
+
     config = _config(arguments)
     log.configure(config.log_level)
     await app.serve(config)
@@ -67,9 +73,8 @@ async def _user_add(arguments: argparse.Namespace) -> None:
     if not arguments.password_stdin:
         raise SystemExit("skynetvpn-controller: give the password on standard input, with --password-stdin")
     password = (await asyncio.to_thread(sys.stdin.readline)).rstrip("\n")
-    config = _config(arguments)
-    async with app.services(config) as services:
-        user = await app.accounts_beside(services, config).create_user(
+    async with _services(arguments) as services:
+        user = await services.accounts.create_user(
             arguments.name, arguments.email, password, Role(arguments.role), Plan(arguments.plan)
         )
     print(f"added {user.username} ({user.role}, plan {user.plan})")
@@ -83,12 +88,12 @@ async def _node_token(arguments: argparse.Namespace) -> None:
         endpoint=arguments.endpoint,
         plan=Plan(arguments.plan),
     )
-    async with app.services(_config(arguments)) as services:
+    async with _services(arguments) as services:
         print(await services.fleet.issue_join_token(spec, timedelta(minutes=arguments.minutes)))
 
 
 async def _node_list(arguments: argparse.Namespace) -> None:
-    async with app.services(_config(arguments)) as services:
+    async with _services(arguments) as services:
         nodes = await services.fleet.nodes()
     for node in nodes:
         seen = f"{node.last_seen_at:%Y-%m-%dT%H:%M:%SZ}" if node.last_seen_at else "never"
@@ -98,15 +103,24 @@ async def _node_list(arguments: argparse.Namespace) -> None:
 
 
 async def _node_status(arguments: argparse.Namespace) -> None:
-    async with app.services(_config(arguments)) as services:
+    async with _services(arguments) as services:
         await services.fleet.set_status(arguments.name, NodeStatus(arguments.status))
     print(f"{arguments.name} is {arguments.status}")
 
 
 async def _node_confirm(arguments: argparse.Namespace) -> None:
-    async with app.services(_config(arguments)) as services:
+    async with _services(arguments) as services:
         await services.fleet.confirm_snapshot(arguments.name)
     print(f"{arguments.name} will be sent the state that it refused, with your confirmation")
+
+
+@asynccontextmanager
+async def _services(arguments: argparse.Namespace) -> AsyncIterator[Services]:
+    # Imported when they are needed, so that --help and a wrong argument are answered at once.
+    from controller import app
+
+    async with app.services(_config(arguments)) as services:
+        yield services
 
 
 def _config(arguments: argparse.Namespace) -> Config:

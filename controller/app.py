@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import signal
+import socket
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_network
+from typing import Any
 
 import structlog
 from aiohttp import web
@@ -24,7 +29,8 @@ from controller.channel.metrics import ChannelMetrics
 from controller.channel.tls import ChannelTls
 from controller.config import Config, read_secrets, split_address
 from controller.contracts import skynet
-from controller.contracts.kit import HttpSettings, mount
+from controller.contracts.kit import AccessLog, Api, HttpSettings
+from controller.errors import Unusable
 from controller.fleet import ca
 from controller.fleet.ca import Authority
 from controller.fleet.directory import Directory
@@ -38,6 +44,7 @@ from controller.store.database import Database, open_database
 from controller.store.migrate import migrate
 from controller.store.watch import Watcher
 from controller.tunnels.addresses import Pool
+from controller.tunnels.ending import end_account
 from controller.tunnels.live import LiveStates
 from controller.tunnels.metrics import Metrics as TunnelMetrics
 from controller.tunnels.service import Tunnels, TunnelSettings
@@ -51,6 +58,10 @@ _PURGE_INTERVAL = 3600.0
 log = structlog.get_logger()
 
 
+class CannotListen(Unusable):
+    """An address of the settings cannot be had; the text says which and why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """What needs only the database: enough for the command line."""
@@ -59,7 +70,7 @@ class Services:
     authority: Authority
     fleet_settings: FleetSettings
     fleet: Fleet
-    passwords: Passwords
+    accounts: Accounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +78,12 @@ class Controller:
     """Everything that a running controller consists of; `serve` runs it."""
 
     services: Services
-    accounts: Accounts
     directory: Directory
     live: LiveStates
     tunnels: Tunnels
     hub: Hub
     tls: ChannelTls
-    api: web.Application
+    api: Api
     node_port: web.Application
 
 
@@ -96,12 +106,10 @@ async def services(config: Config) -> AsyncIterator[Services]:
         await migrate(database)
         passwords = Passwords(config.passwords)
         stack.callback(passwords.close)
-        yield Services(database, authority, settings, Fleet(database, authority.pin, settings), passwords)
-
-
-def accounts_beside(services: Services, config: Config) -> Accounts:
-    """The accounts as the command line uses them, beside the controller that runs."""
-    return Accounts(services.database, services.passwords, session_life=timedelta(hours=config.login_hours))
+        accounts = Accounts(
+            database, passwords, session_life=timedelta(hours=config.login_hours), end_services=[end_account]
+        )
+        yield Services(database, authority, settings, Fleet(database, authority.pin, settings), accounts)
 
 
 async def compose(services: Services, config: Config, registry: CollectorRegistry) -> Controller:
@@ -135,18 +143,16 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         hold_account=hold_account,
         wait_applied=hub.wait_applied,
     )
-    accounts = Accounts(
-        database,
-        services.passwords,
-        session_life=timedelta(hours=config.login_hours),
-        end_services=[tunnels.end_all],
+    api = Api(
+        [skynet.contract(services.accounts, directory, tunnels)],
+        services.accounts,
+        _http_settings(config),
+        registry,
+        AccessLog(sys.stderr.buffer, enabled=log.is_enabled_for(logging.INFO)),
+        operations_routes(database, registry, config.metrics_from),
     )
-    api = web.Application()
-    api.add_routes(operations_routes(database, registry, config.metrics_from))
-    mount(api, [skynet.contract(accounts, directory, tunnels)], accounts, _http_settings(config), registry)
     return Controller(
         services,
-        accounts,
         directory,
         live,
         tunnels,
@@ -165,6 +171,7 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with services(config) as opened:
+        nodes, clients = _bind(config.node_listen), _bind(config.listen)
         controller = await compose(opened, config, registry)
         await opened.fleet.apply_settings()
         await controller.directory.refresh()
@@ -172,8 +179,8 @@ async def serve(config: Config) -> None:
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(work) for work in _background(controller)]
             async with (
-                _listening(controller.node_port, config.node_listen, controller.tls.context),
-                _listening(controller.api, config.listen, None),
+                _listening(controller.node_port, nodes, controller.tls.context),
+                _listening(controller.api, clients, None),
             ):
                 log.info("controller.ready", api=config.listen, nodes=config.node_listen, version=__version__)
                 notify("READY=1")
@@ -194,7 +201,7 @@ def _background(controller: Controller) -> list[asyncio._CoroutineLike[None]]:
         controller.live.run(),
         controller.tunnels.run(),
         controller.tls.run(),
-        _purge_sessions(controller.accounts),
+        _purge_sessions(controller.services.accounts),
         heart.run(),
         watchdog(heart.beats),
     ]
@@ -221,19 +228,33 @@ async def _purge_sessions(accounts: Accounts) -> None:
         await asyncio.sleep(_PURGE_INTERVAL)
 
 
-@asynccontextmanager
-async def _listening(application: web.Application, address: str, context: ssl.SSLContext | None) -> AsyncIterator[None]:
+def _bind(address: str) -> socket.socket:
+    """Take the port before anything is started; raise CannotListen."""
     host, port = split_address(address)
-    runner = web.AppRunner(
-        application,
-        access_log=None,
-        shutdown_timeout=SHUTDOWN_TIMEOUT,
-        keepalive_timeout=IDLE_TIMEOUT,
-        auto_decompress=False,  # nobody sends compressed bodies but those who want to fill the memory
-    )
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise CannotListen(f"cannot listen on {address}: {reason}; change it in the settings") from error
+
+
+@asynccontextmanager
+async def _listening(
+    served: web.Application | Api, bound: socket.socket, context: ssl.SSLContext | None
+) -> AsyncIterator[None]:
+    options: dict[str, Any] = {
+        "access_log": None,
+        "keepalive_timeout": IDLE_TIMEOUT,
+        "auto_decompress": False,  # nobody sends compressed bodies but those who want to fill the memory
+    }
+    runner: web.AppRunner | web.ServerRunner
+    if isinstance(served, Api):
+        runner = web.ServerRunner(served.listener(**options), shutdown_timeout=SHUTDOWN_TIMEOUT)
+    else:
+        runner = web.AppRunner(served, shutdown_timeout=SHUTDOWN_TIMEOUT, **options)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port, ssl_context=context).start()
+        await web.SockSite(runner, bound, ssl_context=context).start()
         yield
     finally:
         await runner.cleanup()

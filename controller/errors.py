@@ -15,6 +15,10 @@ class ErrorKind(StrEnum):
     UNAVAILABLE = "unavailable"  # this server cannot do it now; `retry_after` says when
 
 
+class Unusable(Exception):
+    """What the controller needs on this machine is missing, damaged or taken; the text says what to do."""
+
+
 class DomainError(Exception):
     """A refusal that the caller can act on.
 

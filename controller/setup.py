@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from controller.config import Config, new_secret_line, read_config
+from controller.errors import Unusable
 from controller.fleet import ca
 from controller.store.database import open_database
 from controller.store.migrate import migrate
@@ -16,7 +17,7 @@ from controller.store.migrate import migrate
 _HEADER = "# The controller's settings; docs/operations.md has them all. Paths are relative to this file.\n"
 
 
-class AlreadyThere(Exception):
+class AlreadyThere(Unusable):
     """The directory holds a controller; it is never overwritten."""
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from controller.errors import DomainError, ErrorKind
+from controller.errors import DomainError, ErrorKind, Unusable
 
 
-class AuthorityUnusable(Exception):
+class AuthorityUnusable(Unusable):
     """The files of the certificate authority are missing, damaged or readable by others; the text says what to do."""
 
 
