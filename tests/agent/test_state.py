@@ -63,6 +63,19 @@ def scribbled(path: Path) -> None:
     path.write_bytes(data)
 
 
+def scribbled_index(path: Path) -> None:
+    """Where reading the tables in their order does not come by."""
+    connection = sqlite3.connect(path)
+    (page,) = connection.execute(
+        "SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_resources_1'"
+    ).fetchone()
+    (size,) = connection.execute("PRAGMA page_size").fetchone()
+    connection.close()
+    data = bytearray(path.read_bytes())
+    data[(page - 1) * size : page * size] = bytes(size)
+    path.write_bytes(data)
+
+
 def of_another_version(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA user_version = 99")
@@ -77,7 +90,7 @@ def deleted(path: Path) -> None:
     path.unlink()
 
 
-DAMAGES = [truncated, emptied, zeroed, scribbled, of_another_version, exposed, deleted]
+DAMAGES = [truncated, emptied, zeroed, scribbled, scribbled_index, of_another_version, exposed, deleted]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
