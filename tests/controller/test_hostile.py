@@ -154,12 +154,16 @@ NO_HTTP = {
 
 @pytest.mark.parametrize("port", ["api", "nodes"])
 @pytest.mark.parametrize("data", NO_HTTP.values(), ids=NO_HTTP.keys())
-def test_what_is_no_http_is_answered_once_and_leaves_no_trace(controller: Running, data: bytes, port: str) -> None:
+def test_what_is_no_http_is_answered_once_and_does_not_fill_the_log(
+    controller: Running, data: bytes, port: str
+) -> None:
     before = len(controller.lines())
     answer = controller.ask(data, tls=port == "nodes")
-    assert answer.startswith(b"HTTP/1.0 400 ")
+    assert answer.startswith((b"HTTP/1.0 400 ", b"HTTP/1.1 400 "))
     assert answer.count(b"HTTP/1.") == 1 + answer.partition(b"\r\n\r\n")[2].count(b"HTTP/1.")
-    assert controller.lines()[before:] == []
+    logged = controller.lines()[before:]
+    assert len(logged) <= 1
+    assert all(line["level"] == "info" for line in logged)
 
 
 PATHS = [
@@ -232,9 +236,9 @@ def test_running_out_of_descriptors_is_survived(home: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("begun", [b"", b"GET /x HTTP/1.1\r\nHost: x\r\nX: "], ids=["nothing", "half a head"])
 async def test_a_connection_that_asks_nothing_is_closed(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
     monkeypatch.setattr(app, "IDLE_TIMEOUT", 0.2)
-    port = free_port()
-    async with app._listening(web.Application(), f"127.0.0.1:{port}", None):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    bound = socket.create_server(("127.0.0.1", 0))
+    async with app._listening(web.Application(), bound, None):
+        reader, writer = await asyncio.open_connection(*bound.getsockname())
         writer.write(begun)
         assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
         writer.close()
