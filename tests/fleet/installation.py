@@ -13,11 +13,12 @@ import re
 import secrets
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,13 @@ class Installation:
             assert key not in found, "a peer is there twice"
             found[key] = frozenset(addresses.split())
         return found
+
+    def stored(self, query: str, *parameters: object) -> Any:
+        """The one row of a query on the controller's database; its value where it is one."""
+        path = self._seen(self.controller, self.home) / "controller.db"
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=PATIENCE)) as database:
+            (row,) = database.execute(query, parameters).fetchall()
+        return row[0] if len(row) == 1 else row
 
     def nodes(self) -> str:
         return self.command("node", "list")

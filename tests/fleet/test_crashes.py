@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import http.client
 import signal
-import sqlite3
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
 
 import pytest
@@ -79,10 +77,7 @@ def usage(fleet: Installation, connected: Connected) -> tuple[int, int]:
 
 def stored_usage(fleet: Installation, connected: Connected) -> tuple[int, int]:
     """What a crash of the controller leaves. The API shows what is newer, as long as the controller lives."""
-    with closing(sqlite3.connect(f"file:{fleet.home / 'controller.db'}?mode=ro", uri=True)) as database:
-        row: tuple[int, int] = database.execute(
-            "SELECT rx, tx FROM connections WHERE id = ?", (connected.id,)
-        ).fetchone()
+    row: tuple[int, int] = fleet.stored("SELECT rx, tx FROM connections WHERE id = ?", connected.id)
     return row
 
 

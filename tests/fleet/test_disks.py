@@ -22,6 +22,15 @@ def fleet(prepared: Installation) -> Installation:
     return prepared
 
 
+def acknowledged(fleet: Installation) -> int:
+    """The revision that the node has stored and applied, as far as the controller knows."""
+    return fleet.stored("SELECT revision FROM applied")
+
+
+def asked_for(fleet: Installation) -> int:
+    return fleet.stored("SELECT revision FROM scopes")
+
+
 def test_controller_without_space_accepts_nothing_and_tunnels_go_on(fleet: Installation) -> None:
     mine = fleet.connect()
     with fleet.tunnel(mine) as tunnel, tunnel.stream(INTERNET) as stream:
@@ -56,13 +65,14 @@ def test_agent_without_space_acknowledges_nothing_and_catches_up(fleet: Installa
             fleet.wait(lambda: fleet.agent_metric("skynetvpn_agent_store_errors_total") > 0, "nothing fails")
             assert str(key.public()) not in fleet.peers(), "applied, but not stored: a restart would undo it"
             assert fleet.live()[made.json["connection_id"]]["status"] == "connecting"
-            gone = fleet.delete_connection(leaving.id)
-            assert (gone.status, gone.headers["X-Applied"]) == (200, "false")
-            assert leaving.public_key not in fleet.peers(), "the disk keeps somebody who was revoked"
+            assert fleet.call("DELETE", f"/api/connections/{leaving.id}").status == 200
+            fleet.wait(lambda: leaving.public_key not in fleet.peers(), "the disk keeps somebody who was revoked")
+            assert acknowledged(fleet) < asked_for(fleet)
             assert "state_not_stored" in fleet.agent_log.read_text()
             assert fleet.peers().keys() == peers.keys() - {leaving.public_key}
             stream.flows()
         took = fleet.wait(lambda: str(key.public()) in fleet.peers(), "the change does not arrive")
+        fleet.wait(lambda: acknowledged(fleet) == asked_for(fleet), "the change is not acknowledged")
         print(f"caught up {took:.2f} s after there was space")
         assert fleet.connect().public_key in fleet.peers()
         stream.flows()

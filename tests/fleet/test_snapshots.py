@@ -44,6 +44,8 @@ def genuine(fleet: Installation, connected: list[Connected], tunnel: Tunnel) -> 
     fleet.start_controller()
     fleet.wait_online()
     fleet.wait(lambda: fleet.peers().keys() == {one.public_key for one in connected}, "not as it was before")
+    tunnel.restart()  # a peer that was away has forgotten its session; the client would notice after 15 s
+    fleet.wait(lambda: tunnel.reaches(INTERNET), "packets do not pass again")
 
 
 def keep(fleet: Installation, path: Path) -> None:
