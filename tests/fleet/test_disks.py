@@ -24,11 +24,13 @@ def fleet(prepared: Installation) -> Installation:
 
 def acknowledged(fleet: Installation) -> int:
     """The revision that the node has stored and applied, as far as the controller knows."""
-    return fleet.stored("SELECT revision FROM applied")
+    revision: int = fleet.stored("SELECT revision FROM applied")
+    return revision
 
 
 def asked_for(fleet: Installation) -> int:
-    return fleet.stored("SELECT revision FROM scopes")
+    revision: int = fleet.stored("SELECT revision FROM scopes")
+    return revision
 
 
 def test_controller_without_space_accepts_nothing_and_tunnels_go_on(fleet: Installation) -> None:
