@@ -20,6 +20,7 @@ install: $(VENV)/.installed ## the .venv and the missing system packages
 $(VENV)/.installed: pyproject.toml requirements/dev.txt
 	@python3 -m venv --help >/dev/null 2>&1 && python3 -c 'import ensurepip' 2>/dev/null || $(SYSTEM) python3-venv
 	@test -x $(VENV)/bin/pip || python3 -m venv $(VENV)
+	@echo "installing the Python packages into $(VENV)"
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
