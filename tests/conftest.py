@@ -1,7 +1,8 @@
-"""What tests of the controller and of its contracts share: a real database file."""
+"""What tests share: signals as in a terminal, and a real database file."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import pytest
 
 from controller.store.database import Database, open_database
 from controller.store.schema import metadata
+
+
+def pytest_configure() -> None:
+    # A shell that starts us in the background has SIGINT ignored, and our children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

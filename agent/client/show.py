@@ -194,8 +194,9 @@ def _place(row: Row) -> str:
 
 async def _new_connection(api: Api, server: str | None) -> str:
     connection = await api.connect((await choose_server(api, server)).id, "wireguard")
-    print(f"opened connection {connection.connection_id}; skynetvpn disconnect ends it", file=sys.stderr)
-    return connection.connection_id
+    id = connection.connection_id
+    print(f"opened connection {id}; skynetvpn disconnect {id} ends it", file=sys.stderr)
+    return id
 
 
 async def _only_connection(api: Api, profile: Profile) -> str:
