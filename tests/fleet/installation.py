@@ -311,11 +311,11 @@ class Installation:
         return found
 
     def stored(self, query: str, *parameters: object) -> Any:
-        """The one row of a query on the controller's database; its value where it is one."""
-        path = self._seen(self.controller, self.home) / "controller.db"
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=PATIENCE)) as database:
+        """The one row of a query on the controller's database."""
+        path = f"file:{self.home / 'controller.db'}?mode=ro"
+        with closing(sqlite3.connect(path, uri=True, timeout=PATIENCE)) as database:
             (row,) = database.execute(query, parameters).fetchall()
-        return row[0] if len(row) == 1 else row
+        return row
 
     def nodes(self) -> str:
         return self.command("node", "list")
@@ -324,9 +324,9 @@ class Installation:
         """One of the controller's samples; 0 where it has none."""
         return _sample(self.call("GET", "/metrics").body.decode(), name, labels)
 
-    def agent_metric(self, name: str) -> float:
+    def agent_metric(self, name: str, **labels: str) -> float:
         told = self.node.run("curl", "-s", "http://127.0.0.1:9586/metrics", check=False)
-        return _sample(told, name, {})
+        return _sample(told, name, labels)
 
     def _server(self) -> Any:
         answer = self.call("GET", "/api/servers")
