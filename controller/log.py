@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextvars import ContextVar
 
 import orjson
 import structlog
 from aiohttp.http import HttpProcessingError
 from aiohttp.web import RequestPayloadError
 from structlog.stdlib import ProcessorFormatter
+from structlog.typing import EventDict, WrappedLogger
+
+request_id_var: ContextVar[str] = ContextVar("request_id")
+"""Of the request that is being answered; every event that is logged meanwhile tells it."""
 
 
 def configure(level: str) -> None:
@@ -17,7 +22,7 @@ def configure(level: str) -> None:
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
+            add_request_id,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
@@ -42,6 +47,12 @@ def configure(level: str) -> None:
         )
     )
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler])
+
+
+def add_request_id(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    if (request_id := request_id_var.get(None)) is not None:
+        event.setdefault("request_id", request_id)
+    return event
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

@@ -7,82 +7,35 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from limits import RateLimitItemPerSecond
-from limits.aio.storage import Storage
-from limits.aio.storage.base import SlidingWindowCounterSupport
-from limits.aio.strategies import SlidingWindowCounterRateLimiter
-
 _MAX_KEYS = 200_000
 
 
-class WindowStorage(Storage, SlidingWindowCounterSupport):
-    """Counters for the `limits` library. Its own memory storage walks over every key at every hit, so that the
-    number of callers would slow each of them down; this one forgets the keys that were counted longest ago."""
-
-    STORAGE_SCHEME = None  # not reachable by URL
+class WindowStorage:
+    """Counters of several limits; the keys that were counted longest ago are forgotten first."""
 
     def __init__(self, max_keys: int = _MAX_KEYS) -> None:
-        super().__init__()
         self._max_keys = max_keys
-        self._windows: OrderedDict[str, tuple[int, int, int]] = (
-            OrderedDict()
-        )  # index of the window, count, count before
+        # index of the window, count, count before
+        self._windows: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
 
-    @property
-    def base_exceptions(self) -> type[Exception]:
-        return ValueError
+    def __len__(self) -> int:
+        return len(self._windows)
 
-    async def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        index, fraction = divmod(time.time() / expiry, 1)
-        count, before = self._counts(key, int(index))
-        if math.floor(before * (1 - fraction) + count) + amount > limit:
-            return False
-        self._put(key, (int(index), count + amount, before))
-        return True
-
-    async def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        index, fraction = divmod(time.time() / expiry, 1)
-        count, before = self._counts(key, int(index))
-        rest = (1 - fraction) * expiry
-        return before, rest, count, rest + expiry
-
-    async def clear_sliding_window(self, key: str, expiry: int) -> None:
-        self._windows.pop(key, None)
-
-    async def incr(self, key: str, expiry: int, amount: int = 1) -> int:
-        index = int(time.time() // expiry)
-        count, before = self._counts(key, index)
-        self._put(key, (index, count + amount, before))
-        return count + amount
-
-    async def get(self, key: str) -> int:
-        return self._windows[key][1] if key in self._windows else 0
-
-    async def get_expiry(self, key: str) -> float:
-        return time.time()
-
-    async def check(self) -> bool:
-        return True
-
-    async def reset(self) -> int:
-        count = len(self._windows)
-        self._windows.clear()
-        return count
-
-    async def clear(self, key: str) -> None:
-        self._windows.pop(key, None)
-
-    def _counts(self, key: str, index: int) -> tuple[int, int]:
+    def counts(self, key: str, index: int) -> tuple[int, int]:
+        """In the window of that index, and in the one before."""
         seen, count, before = self._windows.get(key, (index, 0, 0))
         if seen == index:
             return count, before
         return 0, count if seen == index - 1 else 0
 
-    def _put(self, key: str, window: tuple[int, int, int]) -> None:
-        self._windows[key] = window
+    def put(self, key: str, index: int, count: int, before: int) -> None:
+        self._windows[key] = index, count, before
         self._windows.move_to_end(key)
         if len(self._windows) > self._max_keys:
             self._windows.popitem(last=False)
+
+    def forget(self, key: str) -> None:
+        self._windows.pop(key, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +54,37 @@ class Budget:
 
 
 class Limit:
-    """`amount` events per `seconds` and key. Limits that share a storage share its bound."""
+    """`amount` events per `seconds` and key: those of this window, and of the last one as far as it still reaches into
+    the sliding one. Limits that share a storage share its bound."""
 
     def __init__(self, name: str, amount: int, seconds: int, storage: WindowStorage) -> None:
-        self._item = RateLimitItemPerSecond(amount, seconds, namespace=name)
-        self._limiter = SlidingWindowCounterRateLimiter(storage)
+        self._prefix = f"{name}/"
+        self._amount = amount
+        self._seconds = seconds
+        self._storage = storage
 
     async def hit(self, key: str) -> bool:
         """Count one event; False, and nothing counted, where that is too many."""
-        return await self._limiter.hit(self._item, key)
+        key = self._prefix + key
+        windows = time.time() / self._seconds
+        index = int(windows)
+        count, before = self._storage.counts(key, index)
+        if math.floor(before * (1 - (windows - index)) + count) >= self._amount:
+            return False
+        self._storage.put(key, index, count + 1, before)
+        return True
 
     async def budget(self, key: str, allowed: bool) -> Budget:
-        reset_at, remaining = await self._limiter.get_window_stats(self._item, key)
-        return Budget(allowed, self._item.amount, remaining, reset_at)
+        now = time.time()
+        index = int(now / self._seconds)
+        count, before = self._storage.counts(self._prefix + key, index)
+        rest = (index + 1) * self._seconds - now
+        remaining = max(0, self._amount - math.floor(before * rest / self._seconds + count))
+        # The next event becomes possible when this window ends, or when one more of the last window's has left.
+        waits = [rest] if count else []
+        if before:
+            waits.append(rest % (self._seconds / before))
+        return Budget(allowed, self._amount, remaining, now + min(waits, default=0))
 
     async def clear(self, key: str) -> None:
-        await self._limiter.clear(self._item, key)
+        self._storage.forget(self._prefix + key)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
+import orjson
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
@@ -18,8 +21,9 @@ from controller.accounts.principal import Plan, Role
 from controller.accounts.service import Accounts, hold_account
 from controller.config import Passwords as PasswordSettings
 from controller.config import RateLimit
-from controller.contracts import skynet
-from controller.contracts.kit import Contract, HttpSettings, mount
+from controller.contracts import kit, skynet
+from controller.contracts.kit import AccessLog, Contract, HttpSettings
+from controller.contracts.kit.listener import Handle
 from controller.fleet.directory import Directory
 from controller.fleet.metrics import FleetMetrics
 from controller.fleet.nodes import NodeStatus
@@ -129,6 +133,7 @@ class Api:
     session: aiohttp.ClientSession
     url: str
     registry: CollectorRegistry
+    lines: io.BytesIO  # of the access log, as far as they are written
     prefix: str = ""
     token: str | None = None
 
@@ -155,6 +160,10 @@ class Api:
     def holding(self, token: str | None) -> Api:
         return replace(self, token=token)
 
+    def access_log(self) -> list[dict[str, Any]]:
+        """The lines that are written by now; those of a failure are at once."""
+        return [orjson.loads(line) for line in self.lines.getvalue().splitlines()]
+
     async def login(self, name: str, password: str = PASSWORD) -> Api:
         answer = await self.post("/api/auth/login", {"username": name, "password": password})
         assert answer.status == 200, answer
@@ -162,14 +171,19 @@ class Api:
 
 
 @asynccontextmanager
-async def serve(world: World, *contracts: Contract, settings: HttpSettings = SETTINGS) -> AsyncIterator[Api]:
-    app, registry = web.Application(), CollectorRegistry()
-    mount(app, contracts or [world.skynet], world.accounts, settings, registry)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+async def serve(
+    world: World,
+    *contracts: Contract,
+    settings: HttpSettings = SETTINGS,
+    operations: Mapping[str, Handle] = MappingProxyType({}),
+) -> AsyncIterator[Api]:
+    registry, lines = CollectorRegistry(), io.BytesIO()
+    served = kit.Api(contracts or [world.skynet], world.accounts, settings, registry, AccessLog(lines), operations)
+    runner = web.ServerRunner(served.listener(access_log=None), shutdown_timeout=1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     host, port = runner.addresses[0][:2]
     async with aiohttp.ClientSession() as session:
-        yield Api(session, f"http://{host}:{port}", registry)
+        yield Api(session, f"http://{host}:{port}", registry, lines)
     await runner.cleanup()

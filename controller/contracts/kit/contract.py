@@ -32,7 +32,7 @@ class Failure:
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """`body` is bytes in the given media type, or anything that JSON can say."""
 

@@ -46,6 +46,10 @@ def no_such_path() -> HttpProblem:
     return HttpProblem(404, "not_found", "there is nothing at this path")
 
 
+def malformed() -> HttpProblem:
+    return HttpProblem(400, "malformed_request", "this is not a request of HTTP/1.1")
+
+
 def method_not_allowed(methods: set[str]) -> HttpProblem:
     allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
     return HttpProblem(405, "method_not_allowed", f"this path answers {allowed} only", {"Allow": allowed})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from controller.config import RateLimit
 from controller.contracts.kit.failures import RateLimited
@@ -10,6 +11,7 @@ from controller.ratelimit import Budget, Limit, WindowStorage
 from shared.addresses import rate_limit_key
 
 _LOCAL = "local"
+_key = lru_cache(4096)(rate_limit_key)
 
 
 class RateLimits:
@@ -32,7 +34,7 @@ class RateLimits:
         strict = self._auth.get(contract) if auth else None
         if general is None and strict is None:
             return None
-        key = rate_limit_key(address) if address else _LOCAL
+        key = _key(address) if address else _LOCAL
         for limit in (strict, general):
             if limit is not None and not await limit.hit(key):
                 raise RateLimited(retry_after=(await limit.budget(key, False)).retry_after)

@@ -1,4 +1,4 @@
-"""The one HTTP handler of the public API: everything between the socket and a contract's handler, in order."""
+"""The one HTTP handler of the public API: everything between the connection and a contract's handler, in order."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import orjson
@@ -21,13 +22,16 @@ from controller.accounts.errors import InvalidToken
 from controller.accounts.principal import Principal, Role
 from controller.config import RateLimit
 from controller.contracts.kit import failures
+from controller.contracts.kit.accesslog import AccessLog
 from controller.contracts.kit.clients import client_address
 from controller.contracts.kit.contract import JSON, Access, Call, Contract, Reply, Route, loggable
 from controller.contracts.kit.docs import Page, pages
 from controller.contracts.kit.limits import RateLimits
+from controller.contracts.kit.listener import Handle, Listener
 from controller.contracts.kit.models import Model, fields_of, parse_body, parse_query
 from controller.contracts.kit.resolve import Candidate, Resolver, settle
 from controller.errors import InvalidInput
+from controller.log import request_id_var
 from controller.ratelimit import Budget
 from shared.addresses import Network
 
@@ -59,38 +63,30 @@ class HttpSettings:
     body_seconds: float = 10.0  # that a body may take to arrive
 
 
-def mount(
-    app: web.Application,
-    contracts: Sequence[Contract],
-    authenticator: Authenticator,
-    settings: HttpSettings,
-    registry: CollectorRegistry,
-) -> None:
-    """Serve the contracts and their documentation on every path of `app` that has no handler of its own."""
-    server = _Server(contracts, authenticator, settings, registry)
-    app.router.add_route("*", r"/{path:[\s\S]*}", server.handle, expect_handler=_expect)
-
-
 @dataclass(slots=True)
 class _Exchange:
     """What is known of a request so far; its error, whenever it comes, is told by `chosen`."""
 
-    request: web.Request
+    request: web.BaseRequest
     request_id: str
-    address: str
+    address: str = ""
     chosen: tuple[Candidate, ...] = ()
     principal: Principal | None = None
     raw: bytes | None = None
     budget: Budget | None = None
 
 
-class _Server:
+class Api:
+    """The contracts and their documentation, on every path that has no handler of its own in `operations`."""
+
     def __init__(
         self,
         contracts: Sequence[Contract],
         authenticator: Authenticator,
         settings: HttpSettings,
         registry: CollectorRegistry,
+        access_log: AccessLog,
+        operations: Mapping[str, Handle] = MappingProxyType({}),
     ) -> None:
         self._resolver = Resolver(contracts, settings.hosts, settings.defaults)
         self._authenticator = authenticator
@@ -105,13 +101,23 @@ class _Server:
             ["contract", "route", "method", "status"],
             registry=registry,
         )
-        self._log = log.bind()  # the module's proxy looks its configuration up at every line
+        self._access_log = access_log
+        self._operations = operations
         self._observers: dict[tuple[str, str, str, int], Any] = {}
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    def listener(self, **options: Any) -> web.Server:
+        """What accepts connections; `options` are those of aiohttp's connections."""
+        return Listener(self._handle, self._malformed, self._access_log.flush, **options)
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         started = time.perf_counter()
+        path = request.rel_url.raw_path
+        if path in self._operations and request.method in ("GET", "HEAD"):
+            return await self._operations[path](request)
+        if "Expect" in request.headers:
+            _expect(request)
         exchange = self._begin(request)
-        page = self._pages.get(request.rel_url.raw_path)
+        page = self._pages.get(path)
         if page is not None:
             response = self._show(page, exchange)
         elif (preflight := self._preflight(request)) is not None:
@@ -121,10 +127,21 @@ class _Server:
         self._finish(exchange, response, time.perf_counter() - started)
         return response
 
-    def _begin(self, request: web.Request) -> _Exchange:
-        given = request.headers.get("X-Request-ID", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"{self._process}-{next(self._numbers):x}"
-        structlog.contextvars.bind_contextvars(request_id=request_id)
+    def _malformed(self, request: web.BaseRequest) -> web.Response:
+        """Nothing is known of it, not even whom it was for: the contract that answers for unknown paths tells."""
+        exchange = _Exchange(request, self._new_request_id(), chosen=self._resolver.choose("GET", "/", "", "")[:1])
+        response = self._refuse(exchange, failures.malformed())
+        response.headers["X-Request-ID"] = exchange.request_id
+        self._observe("none", "none", "other", response.status, 0.0)
+        return response
+
+    def _new_request_id(self) -> str:
+        return f"{self._process}-{next(self._numbers):x}"
+
+    def _begin(self, request: web.BaseRequest) -> _Exchange:
+        given = request.headers.get("X-Request-ID")
+        request_id = given if given is not None and _REQUEST_ID.fullmatch(given) else self._new_request_id()
+        request_id_var.set(request_id)
         trusted = self._settings.trusted_proxies
         forwarded = request.headers.getall("X-Forwarded-For", ()) if trusted else ()
         return _Exchange(request, request_id, client_address(request.remote, forwarded, trusted))
@@ -135,12 +152,12 @@ class _Server:
         except Exception as error:  # the last border: whatever it is, the caller gets his contract's envelope
             return self._refuse(exchange, error)
         body = reply.body if isinstance(reply.body, bytes) else orjson.dumps(reply.body)
-        headers = _HEADERS.copy()
+        response = web.Response(body=body, status=reply.status or 200, headers=_HEADERS)
         if reply.media != JSON:
-            headers["Content-Type"] = reply.media
+            response.headers["Content-Type"] = reply.media
         if reply.headers:
-            headers.update(reply.headers)
-        return web.Response(body=body, status=reply.status or 200, headers=headers)
+            response.headers.update(reply.headers)
+        return response
 
     async def _serve(self, exchange: _Exchange) -> Reply:
         request, settings = exchange.request, self._settings
@@ -157,7 +174,9 @@ class _Server:
             auth = candidate.route is not None and candidate.route.auth
             exchange.budget = await self._limits.count(candidate.contract.name, exchange.address, auth=auth)
             _check_path(candidate)
-        calls = [await self._call(exchange, candidate) for candidate in exchange.chosen]
+        calls = []
+        for candidate in exchange.chosen:
+            calls.append(await self._call(exchange, candidate))
         route, call = calls[0]
         if route.prepare is not None:
             call.prepared = await route.prepare(call)
@@ -210,7 +229,7 @@ class _Server:
         if route.access is Access.ADMIN and exchange.principal.role is not Role.ADMIN:
             raise failures.AdminsOnly
 
-    async def _authenticate(self, request: web.Request) -> Principal:
+    async def _authenticate(self, request: web.BaseRequest) -> Principal:
         values = request.headers.getall("Authorization", ())
         if len(values) != 1 or values[0][:7].lower() != "bearer ":
             raise InvalidToken
@@ -235,7 +254,7 @@ class _Server:
                     chunks.append(chunk)
         except TimeoutError:
             raise failures.body_too_slow(self._settings.body_seconds) from None
-        except (web.PayloadAccessError, ConnectionError, ValueError):
+        except (web.RequestPayloadError, ConnectionError, ValueError):
             raise InvalidInput({"body": "did not arrive whole"}) from None
         return b"".join(chunks)
 
@@ -260,7 +279,7 @@ class _Server:
             return web.Response(body=page.body, headers={**_ALWAYS, **page.headers})
         return web.Response(status=405, headers={**_ALWAYS, "Allow": "GET, HEAD"})
 
-    def _preflight(self, request: web.Request) -> web.Response | None:
+    def _preflight(self, request: web.BaseRequest) -> web.Response | None:
         if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
             return None
         if request.headers.get("Origin", "") not in self._settings.cors_origins:
@@ -289,22 +308,30 @@ class _Server:
             headers["X-RateLimit-Reset"] = str(round(budget.reset_at))
         contract, route = _contract_name(exchange), _route_name(exchange)
         method = request.method if request.method in METHODS else "other"
-        key = (contract, route, method, response.status)
+        self._observe(contract, route, method, response.status, seconds)
+        self._access_log.add(
+            {
+                "contract": contract,
+                "method": method,
+                "path": loggable(request.rel_url.raw_path),
+                "route": route,
+                "status": response.status,
+                "ms": round(seconds * 1000, 3),
+                "client": exchange.address,
+                "user_id": exchange.principal.user_id if exchange.principal is not None else None,
+                "event": "http.request",
+                "request_id": exchange.request_id,
+            }
+        )
+        if response.status >= 500:
+            self._access_log.flush()
+
+    def _observe(self, contract: str, route: str, method: str, status: int, seconds: float) -> None:
+        key = (contract, route, method, status)
         observer = self._observers.get(key)
         if observer is None:
-            observer = self._observers[key] = self._seconds.labels(contract, route, method, str(response.status))
+            observer = self._observers[key] = self._seconds.labels(contract, route, method, str(status))
         observer.observe(seconds)
-        self._log.info(
-            "http.request",
-            contract=contract,
-            method=method,
-            path=loggable(request.rel_url.raw_path),
-            route=route,
-            status=response.status,
-            ms=round(seconds * 1000, 3),
-            client=exchange.address,
-            user_id=exchange.principal.user_id if exchange.principal is not None else None,
-        )
 
 
 def merged(first: Any, second: Any) -> Any:
@@ -346,6 +373,6 @@ def _route_name(exchange: _Exchange) -> str:
     return exchange.chosen[0].label if exchange.chosen else "none"
 
 
-async def _expect(request: web.Request) -> None:
-    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+def _expect(request: web.BaseRequest) -> None:
+    if request.headers["Expect"].lower() == "100-continue" and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

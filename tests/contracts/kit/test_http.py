@@ -5,25 +5,29 @@ from __future__ import annotations
 import asyncio
 import gzip
 import importlib
+import io
 import json
 import pkgutil
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from ipaddress import ip_network
 
+import orjson
 import pytest
-import structlog
+from aiohttp import web
 from structlog.testing import capture_logs
 
 import controller
 from controller.accounts.principal import Role
 from controller.accounts.service import User
 from controller.config import RateLimit
-from controller.contracts.kit import Access, Call, Contract, Failure, Model, Reply, Route
+from controller.contracts.kit import Access, AccessLog, Call, Contract, Failure, Model, Reply, Route
 from controller.contracts.kit.contract import Handler
 from controller.contracts.kit.failures import STATUSES
 from controller.contracts.kit.server import merged
 from controller.errors import DomainError, ErrorKind, InvalidInput
+from controller.log import add_request_id
 from tests.contracts.world import PASSWORD, SETTINGS, Api, World, serve
 
 OK_LOGIN = {"username": "alice", "password": PASSWORD}
@@ -250,9 +254,15 @@ async def test_request_ids(both: Api) -> None:
         for odd in ("", "a b", "x" * 65, "<b>")
     }
     assert len(made) == 4
-    with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logs:
-        await both.get("/api/nothing", headers={"X-Request-ID": "abc-124"})
-    assert [entry["request_id"] for entry in logs] == ["abc-124"]
+
+
+async def test_what_is_logged_during_a_request_tells_its_id(tiny: Tiny, both: Api) -> None:
+    tiny.error = RuntimeError("unforeseen")
+    with capture_logs(processors=[add_request_id]) as logs:
+        await both.get("/api/fail", headers={"X-Request-ID": "abc-124"})
+        await both.get("/api/fail", headers={"X-Request-ID": "abc-125"})
+    assert [entry["request_id"] for entry in logs] == ["abc-124", "abc-125"]
+    assert [line["request_id"] for line in both.access_log()] == ["abc-124", "abc-125"]
 
 
 async def test_headers_of_every_answer(both: Api) -> None:
@@ -464,15 +474,16 @@ async def test_requests_are_measured_by_route_not_by_path(both: Api) -> None:
     assert {dict(key)["method"] for key in samples} == {"POST", "GET", "other"}
 
 
-async def test_one_log_line_a_request_and_no_secret_in_any(world: World, both: Api) -> None:
+async def test_one_log_line_a_request_and_no_secret_in_any(world: World) -> None:
     with capture_logs() as logs:
-        alice = await both.login("alice")
-        await alice.get("/api/servers?token=canary-query")
-        await both.get("/api/servers", headers={"Authorization": "Bearer canary-token"})
-        await both.post("/api/auth/login", {"username": "canary-name", "password": "canary-password"})
-        await alice.call("PATCH", "/api/users/me", {"password": "canary-new-password"})
-        await alice.call("PATCH", "/api/users/me", {"password": 7, "current_password": "canary-current"})
-    requests = [entry for entry in logs if entry["event"] == "http.request"]
+        async with serve(world) as api:
+            alice = await api.login("alice")
+            await alice.get("/api/servers?token=canary-query")
+            await api.get("/api/servers", headers={"Authorization": "Bearer canary-token"})
+            await api.post("/api/auth/login", {"username": "canary-name", "password": "canary-password"})
+            await alice.call("PATCH", "/api/users/me", {"password": "canary-new-password"})
+            await alice.call("PATCH", "/api/users/me", {"password": 7, "current_password": "canary-current"})
+    requests = api.access_log()  # whole, now that the API has ended
     assert [(entry["method"], entry["route"], entry["status"]) for entry in requests] == [
         ("POST", "/api/auth/login", 200),
         ("GET", "/api/servers", 200),
@@ -483,8 +494,102 @@ async def test_one_log_line_a_request_and_no_secret_in_any(world: World, both: A
     ]
     assert alice.token is not None
     for secret in (alice.token, PASSWORD, "canary"):
-        assert secret not in str(logs)
+        assert secret not in str(logs) + str(requests)
 
 
 def test_the_limit_for_logins_is_on_unless_it_is_turned_off() -> None:
     assert RateLimit().auth_requests > 0
+
+
+FIELDS = ("contract", "method", "path", "route", "status", "ms", "client", "user_id")
+FIELDS_OF_ALL = ("event", "request_id", "level", "timestamp")
+
+
+async def test_a_log_line_has_the_form_of_the_others(world: World) -> None:
+    async with serve(world) as api:
+        alice = await api.login("alice")
+        before = datetime.now(UTC)
+        await alice.get("/api/servers/%ff?token=x", headers={"X-Request-ID": "abc-126"})
+    line = api.access_log()[-1]
+    assert tuple(line) == FIELDS + FIELDS_OF_ALL
+    assert (line["event"], line["level"], line["request_id"]) == ("http.request", "info", "abc-126")
+    assert (line["contract"], line["route"], line["path"]) == ("skynet", "none", "/api/servers/%FF")
+    assert 0 < line["ms"] < 20_000
+    assert before <= datetime.fromisoformat(line["timestamp"]) <= datetime.now(UTC)
+    assert line["timestamp"].endswith("Z")
+
+
+class Output(io.BytesIO):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flushed = asyncio.Event()
+
+    def flush(self) -> None:
+        self.flushed.set()
+
+
+async def test_log_lines_are_written_soon_and_at_once_when_there_are_many() -> None:
+    output = Output()
+    access_log = AccessLog(output)
+    access_log.add({"event": "first"})
+    assert not output.getvalue()
+    await asyncio.wait_for(output.flushed.wait(), 20)
+    for number in range(1000):
+        access_log.add({"event": "many", "number": number, "text": "x" * 100})
+    assert output.tell() > 64 * 1024
+    access_log.flush()
+    assert [orjson.loads(line).get("number") for line in output.getvalue().splitlines()] == [None, *range(1000)]
+    silent = AccessLog(output, enabled=False)
+    silent.add({"event": "of no interest"})
+    silent.flush()
+    assert b"of no interest" not in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /api/servers/\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"F@@ /api/servers HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /api/servers HTTP/1.1\r\nHost: x\r\nX: \0\r\n\r\n",
+        b"hello\r\n\r\n",
+        b"POST /api/auth/login HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n",
+    ],
+)
+async def test_what_is_no_http_is_told_so_in_an_envelope_and_nobody_else(
+    world: World, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with capture_logs() as logs:
+        async with serve(world) as api:
+            answer = await raw_request(api, data)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 400 ")
+    assert json.loads(body) == {"error": "this is not a request of HTTP/1.1", "code": 400}
+    assert b"\r\nX-Request-ID: " in head
+    assert (logs, caplog.records, api.access_log()) == ([], [], [])
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_body_is_no_error_of_ours(world: World, tiny: Tiny) -> None:
+    head = b"POST /tiny/api/notes HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with capture_logs() as logs:
+        async with serve(world, tiny.contract()) as api:
+            for rest in (b"Content-Length: 20\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"):
+                host, port = api.url.removeprefix("http://").split(":")
+                _, writer = await asyncio.open_connection(host, int(port))
+                writer.write(head + rest)
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+            await api.get("/api/fail")
+    assert logs == []
+    assert sorted(line["status"] for line in api.access_log()) == [200, 400, 400]
+
+
+async def test_the_operators_paths_go_before_the_contracts(world: World) -> None:
+    async def healthz(_request: web.BaseRequest) -> web.Response:
+        return web.Response(text="well")
+
+    async with serve(world, operations={"/healthz": healthz}) as api:
+        assert (await api.get("/healthz")).raw == b"well"
+        assert (await api.call("HEAD", "/healthz")).status == 200
+        assert (await api.post("/healthz")).body == {"error": "there is nothing at this path", "code": 404}
+    assert [line["method"] for line in api.access_log()] == ["POST"]
