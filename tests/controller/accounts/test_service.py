@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import bcrypt
 import pytest
 import sqlalchemy as sa
 from structlog.testing import capture_logs
 
-from controller.accounts import errors
+from controller.accounts import errors, tokens
 from controller.accounts.passwords import Passwords
 from controller.accounts.principal import Plan, Principal, Role
 from controller.accounts.service import Accounts, Client, User
@@ -131,6 +133,19 @@ async def test_a_token_ends_with_its_life(database: Database, passwords: Passwor
         await accounts.authenticate(token)
     assert await accounts.purge_sessions() == 1
     assert await accounts.purge_sessions() == 0
+
+
+async def test_a_token_that_is_remembered_ends_with_its_life_too(
+    accounts: Accounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make(accounts)
+    token, _ = await enter(accounts)
+    assert accounts.known(token) is not None
+    later = time.time() + timedelta(hours=24, seconds=1).total_seconds()
+    monkeypatch.setattr(tokens, "time", SimpleNamespace(time=lambda: later))
+    assert accounts.known(token) is None
+    with pytest.raises(errors.InvalidToken):
+        await accounts.authenticate(token)
 
 
 async def test_deactivation_ends_every_login_and_refuses_new_ones(accounts: Accounts) -> None:
