@@ -198,7 +198,9 @@ async def test_expired_certificate_is_named_and_the_host_keeps_serving(tmp_path:
     assert any("has expired" in str(line.get("reason")) for line in logs)
 
 
-@pytest.mark.parametrize(("status", "words"), [(401, "enrol this host again"), (403, "disabled or locked"), (502, "502")])
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "enrol this host again"), (403, "disabled or locked"), (502, "502")]
+)
 async def test_refusal_of_the_link_says_what_to_do(tmp_path: Path, status: int, words: str) -> None:
     async with FakeController(tmp_path) as controller:
         await enrol(controller.token(), tmp_path / "agent")
