@@ -11,9 +11,6 @@ import msgspec
 import structlog
 from aiohttp import web
 from cryptography import x509
-from limits import RateLimitItemPerMinute
-from limits.aio.storage import MemoryStorage
-from limits.aio.strategies import MovingWindowRateLimiter
 
 from controller.channel.connection import FAREWELL
 from controller.channel.hub import Hub
@@ -21,6 +18,7 @@ from controller.errors import DomainError, ErrorKind
 from controller.fleet import certificates
 from controller.fleet.ca import Authority
 from controller.fleet.identities import Identities
+from controller.ratelimit import Limit, WindowStorage
 from shared.addresses import rate_limit_key
 from shared.protocol import (
     CA_PATH,
@@ -71,15 +69,14 @@ class Endpoint:
         self._hub = hub
         self._identities = identities
         self._authority = authority
-        self._limit = RateLimitItemPerMinute(enrolments_per_minute)
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._limit = Limit("enrol", enrolments_per_minute, 60, WindowStorage())
 
     async def ca(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._authority.bundle, content_type="application/x-pem-file")
 
     async def enrol(self, request: web.Request) -> web.Response:
         address = _address(request)
-        if not await self._limiter.hit(self._limit, rate_limit_key(address)):
+        if not await self._limit.hit(rate_limit_key(address)):
             raise TooManyEnrolments
         try:
             async with asyncio.timeout(_BODY_DEADLINE):
