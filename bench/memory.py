@@ -6,7 +6,8 @@ import shutil
 import subprocess
 
 from bench.harness import Goal, Result, absolute, not_measured
-from bench.stack import Host, Stack, resident_kib, settle
+from bench.stack import Stack, resident_kib, settle
+from tests.support.host import Host
 from tests.support.netns import Namespace, wait_until
 
 ROW = "memory"

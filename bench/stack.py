@@ -36,38 +36,14 @@ from controller.store.database import open_database
 from controller.store.types import new_id
 from controller.tunnels.tables import AllocationRow, ConnectionRow
 from shared.desired import Peer
-from tests.support.netns import Namespace, wait_until
+from tests.support.host import Host
+from tests.support.netns import wait_until
 
 CONTROLLER, NODE = "192.0.2.1", "192.0.2.2"
 API_PORT = 8080
 INTERFACE = "sky0"
 _PATIENCE = 120.0  # seconds; the machine may be busy
 _SAMPLE = re.compile(r"^(\w+) ([0-9.e+-]+)$", re.MULTILINE)
-
-
-class Host:
-    """A namespace with a /run/wireguard of its own, in which processes find each other's WireGuard sockets."""
-
-    def __init__(self, stack: ExitStack, name: str) -> None:
-        self.namespace = stack.enter_context(Namespace(name))
-        self._holder = self.namespace.popen(
-            sys.executable, "-m", "tests.support.ownrun", "sleep", "infinity", stdin=subprocess.DEVNULL
-        )
-        own = Path(f"/proc/{self._holder.pid}/mountinfo")
-        wait_until(lambda: " /run/wireguard " in own.read_text(), _PATIENCE)
-
-    def inside(self, *argv: str) -> tuple[str, ...]:
-        return ("nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", *argv)
-
-    def run(self, *argv: str, stdin: str | None = None, timeout: float = 60) -> str:
-        return self.namespace.run(*self.inside(*argv), stdin=stdin, timeout=timeout)
-
-    def start(self, log: Path, *argv: str, core: int | None = None) -> subprocess.Popen[Any]:
-        pinned = ("taskset", "-c", str(core)) if core is not None else ()
-        with log.open("ab") as output:
-            return self.namespace.popen(
-                *self.inside(*pinned, *argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output
-            )
 
 
 class Stack:
@@ -97,7 +73,7 @@ class Stack:
 
     def _make(self) -> None:
         self.directory = Path(self._exit.enter_context(tempfile.TemporaryDirectory(prefix="skynetvpn-bench-")))
-        self.controller, self.node = Host(self._exit, "ctl"), Host(self._exit, "node")
+        self.controller, self.node = (self._exit.enter_context(Host(name)) for name in ("ctl", "node"))
         self.controller.namespace.connect(self.node.namespace, f"{CONTROLLER}/24", f"{NODE}/24")
         listen = ("--listen", f"127.0.0.1:{API_PORT}", "--node-listen", f"{CONTROLLER}:8443")
         self.controller.run(sys.executable, "-m", "controller", "init", "--dir", str(self._home), *listen)
@@ -168,7 +144,8 @@ class Stack:
 
     def start_controller(self) -> None:
         argv = (sys.executable, "-m", "controller", "run", "--config", self._settings)
-        self.service = self.controller.start(self.directory / "controller.log", *argv, core=self._core)
+        pinned = ("taskset", "-c", str(self._core)) if self._core is not None else ()
+        self.service = self.controller.start(self.directory / "controller.log", *pinned, *argv)
         wait_until(self._ready, _PATIENCE)
 
     def restart_controller(self) -> None:

@@ -26,8 +26,9 @@ from typing import Any
 
 from bench import material
 from bench.harness import Goal, Result, absolute, compared, interleaved, not_measured
-from bench.stack import INTERFACE, Host, Stack
+from bench.stack import INTERFACE, Stack
 from shared.keys import PrivateKey, encode_key
+from tests.support.host import Host
 from tests.support.netns import wait_until
 
 ROW = "tunnel"
@@ -193,7 +194,7 @@ def _client_of_agent(exits: ExitStack, stack: Stack) -> Client:
 
 def _client_by_hand(exits: ExitStack, stack: Stack, peers: int) -> Client:
     """The same interface, by hand: the same peers, and the client as one more."""
-    hand = Host(exits, "hand")
+    hand = exits.enter_context(Host("hand"))
     server, key = PrivateKey.generate(), PrivateKey.generate()
     addresses = ["10.66.250.1/32", "fd66:6b79::fa01/128"]
     secret = encode_key(bytes(range(32)))
@@ -213,7 +214,7 @@ def _client(
     exits: ExitStack, directory: Path, server: Host, name: str, key: PrivateKey, config: dict[str, Any]
 ) -> Client:
     """A host with one tunnel to the server, and an iperf3 there that waits for it."""
-    host = Host(exits, name)
+    host = exits.enter_context(Host(name))
     server.namespace.connect(host.namespace, f"{_OUTSIDE}/24", f"{_CLIENT}/24")
     file = directory / f"{name}.conf"
     file.touch(mode=0o600)
