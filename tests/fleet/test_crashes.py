@@ -16,7 +16,7 @@ from tests.fleet.installation import INTERFACE, INTERNET, Connected, Installatio
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(90)]
 
 CLIENTS = 3
-ROUNDS = 3
+ROUNDS = 2
 
 
 @dataclass(slots=True)
