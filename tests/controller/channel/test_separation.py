@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import aiohttp
 import msgspec
 import pytest
@@ -9,7 +11,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from controller.accounts.service import Client
-from controller.contracts.kit import mount
+from controller.contracts.kit import Api
+from controller.contracts.kit.accesslog import AccessLog
 from controller.store.database import Database
 from shared.protocol import CHANNEL_PATH, CONTROLLER_NAME, ENROL_PATH, EnrolRefusal
 from tests.contracts.world import PASSWORD, SETTINGS, build_world
@@ -38,9 +41,8 @@ async def test_a_users_token_opens_nothing_on_the_node_port(port: NodePort, data
 async def test_a_nodes_certificate_opens_nothing_of_the_users_api(port: NodePort, database: Database) -> None:
     agent = await port.enrolled()
     async with build_world(database) as world:
-        api = web.Application()
-        mount(api, [world.skynet], world.accounts, SETTINGS, CollectorRegistry())
-        runner = web.AppRunner(api, access_log=None)
+        api = Api([world.skynet], world.accounts, SETTINGS, CollectorRegistry(), AccessLog(io.BytesIO()))
+        runner = web.ServerRunner(api.listener(access_log=None))
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=port.tls.context)  # where the certificate is seen
         await site.start()
