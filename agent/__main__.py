@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import gc
 import signal
 import sys
@@ -18,6 +19,7 @@ from shared import __version__
 from shared.settings import SettingsError
 
 STANDARD_INPUT = "-"
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 DIRECTORY = Path("/var/lib/skynetvpn-agent")
 
 
@@ -97,10 +99,22 @@ async def _run(path: Path) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        _keep_no_buffers()
         gc.freeze()  # what was imported stays for ever: no need to look at it in every collection
         with contextlib.suppress(asyncio.CancelledError):
             await serve(settings, stop)
     return 0
+
+
+def _keep_no_buffers() -> None:
+    """Have glibc give big buffers back at once, and make no heap of its own for every thread.
+
+    By default it keeps for ever what the largest dump of an interface took (mallopt(3)).
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 if __name__ == "__main__":

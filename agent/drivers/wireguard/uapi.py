@@ -107,10 +107,11 @@ def parse(answer: str) -> tuple[Settings, tuple[Peer, ...]]:
 
 
 def parse_peers(answer: str) -> tuple[Peer, ...]:
-    found = _PEER.findall(answer)
+    # One match after the other: all their texts at once would be as much memory as everything else the agent has.
+    found = tuple([_made(*match.groups()) for match in _PEER.finditer(answer)])
     if len(found) != answer.count("public_key="):
         return tuple(map(_parse_peer, _blocks(answer)))
-    return tuple([_made(*texts) for texts in found])
+    return found
 
 
 def fingerprint(answer: str) -> bytes:
