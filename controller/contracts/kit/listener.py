@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
 Handle = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-Malformed = Callable[[web.BaseRequest], web.Response]
+Malformed = Callable[[web.BaseRequest], web.StreamResponse]
 
 
 class Listener(web.Server):

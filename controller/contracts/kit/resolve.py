@@ -16,7 +16,7 @@ from controller.contracts.kit.contract import Contract, Route
 
 _VERSIONED = re.compile(r"application/vnd\.([a-z]+)\.v(\d+)\+json", re.ASCII)
 _SERVED = "1"
-_REMEMBERED = 4096
+_REMEMBERED = 1024
 _ANY_JSON = re.compile(r"(^|,)\s*(\*/\*|application/\*|application/json)\s*(;|,|$)", re.ASCII)
 _PARAM = re.compile(r"[A-Za-z0-9._~-]{1,128}", re.ASCII)
 
@@ -83,10 +83,11 @@ class Resolver:
         self._hosts = {host.lower(): name for host, name in hosts.items() if name in self._paths}
         self._defaults = defaults
         self._sole = contracts[0].name if len(contracts) == 1 else None
-        self._candidate = lru_cache(_REMEMBERED)(self._find)  # clients poll the same paths
+        self.choose = lru_cache(_REMEMBERED)(self._choose)  # clients poll the same paths
+        """By method, path, Host and Accept: one candidate where the head of the request decides, else all that are left,
+        the default first."""
 
-    def choose(self, method: str, path: str, host: str, accept: str) -> tuple[Candidate, ...]:
-        """One candidate where the head of the request decides, else all that are left, the default first."""
+    def _choose(self, method: str, path: str, host: str, accept: str) -> tuple[Candidate, ...]:
         if method == "HEAD":
             method = "GET"
         name, inner = path[1:].partition("/")[0], path
@@ -100,14 +101,14 @@ class Resolver:
             name = self._sole
         else:
             return self._by_path(method, path)
-        candidate = self._candidate(name, method, inner)
+        candidate = self._find(name, method, inner)
         if "vnd." in accept and not _is_served(name, accept):
             return (Candidate(candidate.contract, served=False),)
         return (candidate,)
 
     def _by_path(self, method: str, path: str) -> tuple[Candidate, ...]:
         base = "/api/v1" if path.startswith("/api/v1/") else "/api"
-        everyone = [self._candidate(name, method, path) for name in self._paths]
+        everyone = [self._find(name, method, path) for name in self._paths]
         default = self._defaults.get(base)
         everyone.sort(key=lambda candidate: candidate.contract.name != default)
         at_base = [candidate for candidate in everyone if candidate.contract.base == base] or everyone

@@ -23,6 +23,7 @@ from controller.accounts.principal import Principal, Role
 from controller.config import RateLimit
 from controller.contracts.kit import failures
 from controller.contracts.kit.accesslog import AccessLog
+from controller.contracts.kit.answer import Answer
 from controller.contracts.kit.clients import client_address
 from controller.contracts.kit.contract import JSON, Access, Call, Contract, Reply, Route, loggable
 from controller.contracts.kit.docs import Page, pages
@@ -35,7 +36,7 @@ from controller.log import request_id_var
 from controller.ratelimit import Budget
 from shared.addresses import Network
 
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _CORS_SECONDS = "600"
 
@@ -127,7 +128,7 @@ class Api:
         self._finish(exchange, response, time.perf_counter() - started)
         return response
 
-    def _malformed(self, request: web.BaseRequest) -> web.Response:
+    def _malformed(self, request: web.BaseRequest) -> Answer:
         """Nothing is known of it, not even whom it was for: the contract that answers for unknown paths tells."""
         exchange = _Exchange(request, self._new_request_id(), chosen=self._resolver.choose("GET", "/", "", "")[:1])
         response = self._refuse(exchange, failures.malformed())
@@ -146,13 +147,13 @@ class Api:
         forwarded = request.headers.getall("X-Forwarded-For", ()) if trusted else ()
         return _Exchange(request, request_id, client_address(request.remote, forwarded, trusted))
 
-    async def _answer(self, exchange: _Exchange) -> web.Response:
+    async def _answer(self, exchange: _Exchange) -> Answer:
         try:
             reply = await self._serve(exchange)
         except Exception as error:  # the last border: whatever it is, the caller gets his contract's envelope
             return self._refuse(exchange, error)
         body = reply.body if isinstance(reply.body, bytes) else orjson.dumps(reply.body)
-        response = web.Response(body=body, status=reply.status or 200, headers=_HEADERS)
+        response = Answer(body, reply.status or 200, _HEADERS)
         if reply.media != JSON:
             response.headers["Content-Type"] = reply.media
         if reply.headers:
@@ -211,7 +212,11 @@ class Api:
         """Check access, body and query."""
         route, request = candidate.route, exchange.request
         assert route is not None, "_check_path has refused it"
-        await self._admit(exchange, route)
+        if route.access is not Access.PUBLIC:
+            if exchange.principal is None:
+                exchange.principal = await self._authenticate(request)
+            if route.access is Access.ADMIN and exchange.principal.role is not Role.ADMIN:
+                raise failures.AdminsOnly
         call = Call(candidate.contract.name, exchange.address, candidate.params, exchange.principal, request.headers)
         if route.body is not None:
             if exchange.raw is None:
@@ -220,14 +225,6 @@ class Api:
         if route.query is not None:
             call.query = parse_query(route.query, request.rel_url.raw_query_string)
         return route, call
-
-    async def _admit(self, exchange: _Exchange, route: Route) -> None:
-        if route.access is Access.PUBLIC:
-            return
-        if exchange.principal is None:
-            exchange.principal = await self._authenticate(exchange.request)
-        if route.access is Access.ADMIN and exchange.principal.role is not Role.ADMIN:
-            raise failures.AdminsOnly
 
     async def _authenticate(self, request: web.BaseRequest) -> Principal:
         values = request.headers.getall("Authorization", ())
@@ -258,10 +255,11 @@ class Api:
             raise InvalidInput({"body": "did not arrive whole"}) from None
         return b"".join(chunks)
 
-    def _refuse(self, exchange: _Exchange, error: Exception) -> web.Response:
+    def _refuse(self, exchange: _Exchange, error: Exception) -> Answer:
         failure, headers = failures.failure_from(error, exchange.request_id)
         if failure.status == 500:
-            log.error("http.failed", contract=_contract_name(exchange), route=_route_name(exchange), exc_info=error)
+            contract_name, route = _names(exchange)
+            log.error("http.failed", contract=contract_name, route=route, exc_info=error)
         contracts = [candidate.contract for candidate in exchange.chosen]
         body: object = None
         status = failure.status
@@ -269,32 +267,33 @@ class Api:
             status = contract.statuses.get(failure.status, failure.status)
             told = contract.envelope(failure if status == failure.status else replace(failure, status=status))
             body = merged(told, body) if body is not None else told
-        response = web.Response(body=orjson.dumps(body), status=status, headers=CIMultiDict(_HEADERS, **headers))
+        response = Answer(orjson.dumps(body), status, CIMultiDict(_HEADERS, **headers))
         if status in (408, 413):
             response.force_close()  # the rest of the body is not waited for
         return response
 
-    def _show(self, page: Page, exchange: _Exchange) -> web.Response:
+    def _show(self, page: Page, exchange: _Exchange) -> Answer:
         if exchange.request.method in ("GET", "HEAD"):
-            return web.Response(body=page.body, headers={**_ALWAYS, **page.headers})
-        return web.Response(status=405, headers={**_ALWAYS, "Allow": "GET, HEAD"})
+            return Answer(page.body, 200, {**_ALWAYS, **page.headers})
+        return Answer(b"", 405, {**_ALWAYS, "Allow": "GET, HEAD"})
 
-    def _preflight(self, request: web.BaseRequest) -> web.Response | None:
+    def _preflight(self, request: web.BaseRequest) -> Answer | None:
         if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
             return None
         if request.headers.get("Origin", "") not in self._settings.cors_origins:
             return None
-        return web.Response(
-            status=204,
-            headers={
+        return Answer(
+            b"",
+            204,
+            {
                 **_ALWAYS,
-                "Access-Control-Allow-Methods": ", ".join(METHODS),
+                "Access-Control-Allow-Methods": ", ".join(_METHODS),
                 "Access-Control-Allow-Headers": "Accept, Authorization, Content-Type, X-Request-ID",
                 "Access-Control-Max-Age": _CORS_SECONDS,
             },
         )
 
-    def _finish(self, exchange: _Exchange, response: web.Response, seconds: float) -> None:
+    def _finish(self, exchange: _Exchange, response: Answer, seconds: float) -> None:
         request, headers = exchange.request, response.headers
         headers["X-Request-ID"] = exchange.request_id
         if self._settings.cors_origins:
@@ -306,16 +305,17 @@ class Api:
             headers["X-RateLimit-Limit"] = str(budget.limit)
             headers["X-RateLimit-Remaining"] = str(budget.remaining)
             headers["X-RateLimit-Reset"] = str(round(budget.reset_at))
-        contract, route = _contract_name(exchange), _route_name(exchange)
-        method = request.method if request.method in METHODS else "other"
-        self._observe(contract, route, method, response.status, seconds)
+        contract, route = _names(exchange)
+        method = request.method if request.method in _METHODS else "other"
+        status = response.status
+        self._observe(contract, route, method, status, seconds)
         self._access_log.add(
             {
                 "contract": contract,
                 "method": method,
                 "path": loggable(request.rel_url.raw_path),
                 "route": route,
-                "status": response.status,
+                "status": status,
                 "ms": round(seconds * 1000, 3),
                 "client": exchange.address,
                 "user_id": exchange.principal.user_id if exchange.principal is not None else None,
@@ -323,7 +323,7 @@ class Api:
                 "request_id": exchange.request_id,
             }
         )
-        if response.status >= 500:
+        if status >= 500:
             self._access_log.flush()
 
     def _observe(self, contract: str, route: str, method: str, status: int, seconds: float) -> None:
@@ -365,12 +365,12 @@ def _fits(candidate: Candidate, raw: bytes) -> bool:
         return False
 
 
-def _contract_name(exchange: _Exchange) -> str:
-    return exchange.chosen[0].contract.name if exchange.chosen else "none"
-
-
-def _route_name(exchange: _Exchange) -> str:
-    return exchange.chosen[0].label if exchange.chosen else "none"
+def _names(exchange: _Exchange) -> tuple[str, str]:
+    """Of the contract and the route, for whoever watches."""
+    if not exchange.chosen:
+        return "none", "none"
+    first = exchange.chosen[0]
+    return first.contract.name, first.label
 
 
 def _expect(request: web.BaseRequest) -> None:

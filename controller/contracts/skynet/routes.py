@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import orjson
+
+from controller.accounts.principal import Plan
 from controller.accounts.service import Accounts, User
 from controller.contracts.kit import JSON, Access, Call, Contract, Reply, Route, best, not_acceptable, rfc3339
 from controller.contracts.skynet import models, presenters
@@ -22,6 +25,8 @@ class Skynet:
         self._accounts = accounts
         self._directory = directory
         self._tunnels = tunnels
+        self._server_bodies: dict[tuple[str, Plan], bytes] = {}  # apps poll them; as of the revision
+        self._revision = 0
 
     async def check_password(self, call: Call) -> User:
         given = call.body_as(models.Credentials)
@@ -39,7 +44,15 @@ class Skynet:
         return Reply(presenters.servers(self._directory.servers(call.user.plan)))
 
     async def get_server(self, call: Call) -> Reply:
-        return Reply(presenters.server(self._directory.server(call.user.plan, call.params["id"])))
+        if self._revision != self._directory.revision:
+            self._server_bodies.clear()
+            self._revision = self._directory.revision
+        key = call.params["id"], call.user.plan
+        body = self._server_bodies.get(key)
+        if body is None:
+            found = self._directory.server(call.user.plan, call.params["id"])
+            body = self._server_bodies[key] = orjson.dumps(presenters.server(found))
+        return Reply(body)
 
     async def create_connection(self, call: Call) -> Reply:
         wanted = call.body_as(models.ConnectionRequest)
