@@ -39,8 +39,14 @@ _PEER = re.compile(
     r"persistent_keepalive_interval=(.+)\n"
     r"((?:allowed_ip=.+\n)*)"
 )
+# What traffic moves in a peer; it begins with fixed words, or the search would stop at every letter.
 _TRAFFIC = re.compile(
-    r"(?:endpoint=.+\n)?last_handshake_time_sec=.+\nlast_handshake_time_nsec=.+\ntx_bytes=.+\nrx_bytes=.+\n"
+    r"protocol_version=1\n"
+    r"(?:endpoint=.+\n)?"
+    r"last_handshake_time_sec=.+\n"
+    r"last_handshake_time_nsec=.+\n"
+    r"tx_bytes=.+\n"
+    r"rx_bytes=.+\n"
 )
 
 
