@@ -84,10 +84,9 @@ class Resolver:
         self._defaults = defaults
         self._sole = contracts[0].name if len(contracts) == 1 else None
         self.choose = lru_cache(_REMEMBERED)(self._choose)  # clients poll the same paths
-        """By method, path, Host and Accept: one candidate where the head of the request decides, else all that are left,
-        the default first."""
 
     def _choose(self, method: str, path: str, host: str, accept: str) -> tuple[Candidate, ...]:
+        """One candidate where the head of the request decides, else all that are left, the default first."""
         if method == "HEAD":
             method = "GET"
         name, inner = path[1:].partition("/")[0], path

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import orjson
 import structlog
 from aiohttp import web
-from multidict import CIMultiDict
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry
 
 from controller.accounts.errors import InvalidToken
 from controller.accounts.principal import Principal, Role
@@ -31,6 +30,7 @@ from controller.contracts.kit.limits import RateLimits
 from controller.contracts.kit.listener import Handle, Listener
 from controller.contracts.kit.models import Model, fields_of, parse_body, parse_query
 from controller.contracts.kit.resolve import Candidate, Resolver, settle
+from controller.contracts.kit.timings import Timings
 from controller.errors import InvalidInput
 from controller.log import request_id_var
 from controller.ratelimit import Budget
@@ -42,7 +42,7 @@ _CORS_SECONDS = "600"
 
 # Of every answer; what a token or a login brought must not stay in a cache.
 _ALWAYS = {"Server": "skynetvpn", "X-Content-Type-Options": "nosniff"}
-_HEADERS = CIMultiDict({"Content-Type": JSON, "Cache-Control": "no-store", **_ALWAYS})
+_HEADERS = {"Content-Type": JSON, "Cache-Control": "no-store", **_ALWAYS}
 
 log = structlog.get_logger()
 
@@ -96,15 +96,10 @@ class Api:
         self._pages = pages(contracts)
         self._process = secrets.token_hex(6)
         self._numbers = itertools.count(1)
-        self._seconds = Histogram(
-            "skynetvpn_http_request_seconds",
-            "Time to answer a request of the public API",
-            ["contract", "route", "method", "status"],
-            registry=registry,
-        )
+        self._timings = Timings()
+        registry.register(self._timings)
         self._access_log = access_log
         self._operations = operations
-        self._observers: dict[tuple[str, str, str, int], Any] = {}
 
     def listener(self, **options: Any) -> web.Server:
         """What accepts connections; `options` are those of aiohttp's connections."""
@@ -132,8 +127,8 @@ class Api:
         """Nothing is known of it, not even whom it was for: the contract that answers for unknown paths tells."""
         exchange = _Exchange(request, self._new_request_id(), chosen=self._resolver.choose("GET", "/", "", "")[:1])
         response = self._refuse(exchange, failures.malformed())
-        response.headers["X-Request-ID"] = exchange.request_id
-        self._observe("none", "none", "other", response.status, 0.0)
+        response.fields["X-Request-ID"] = exchange.request_id
+        self._timings.observe(("none", "none", "other", response.status), 0.0)
         return response
 
     def _new_request_id(self) -> str:
@@ -155,9 +150,9 @@ class Api:
         body = reply.body if isinstance(reply.body, bytes) else orjson.dumps(reply.body)
         response = Answer(body, reply.status or 200, _HEADERS)
         if reply.media != JSON:
-            response.headers["Content-Type"] = reply.media
+            response.fields["Content-Type"] = reply.media
         if reply.headers:
-            response.headers.update(reply.headers)
+            response.fields.update(reply.headers)
         return response
 
     async def _serve(self, exchange: _Exchange) -> Reply:
@@ -267,7 +262,7 @@ class Api:
             status = contract.statuses.get(failure.status, failure.status)
             told = contract.envelope(failure if status == failure.status else replace(failure, status=status))
             body = merged(told, body) if body is not None else told
-        response = Answer(orjson.dumps(body), status, CIMultiDict(_HEADERS, **headers))
+        response = Answer(orjson.dumps(body), status, _HEADERS | headers)
         if status in (408, 413):
             response.force_close()  # the rest of the body is not waited for
         return response
@@ -294,7 +289,7 @@ class Api:
         )
 
     def _finish(self, exchange: _Exchange, response: Answer, seconds: float) -> None:
-        request, headers = exchange.request, response.headers
+        request, headers = exchange.request, response.fields
         headers["X-Request-ID"] = exchange.request_id
         if self._settings.cors_origins:
             headers["Vary"] = "Origin"
@@ -308,7 +303,7 @@ class Api:
         contract, route = _names(exchange)
         method = request.method if request.method in _METHODS else "other"
         status = response.status
-        self._observe(contract, route, method, status, seconds)
+        self._timings.observe((contract, route, method, status), seconds)
         self._access_log.add(
             {
                 "contract": contract,
@@ -325,13 +320,6 @@ class Api:
         )
         if status >= 500:
             self._access_log.flush()
-
-    def _observe(self, contract: str, route: str, method: str, status: int, seconds: float) -> None:
-        key = (contract, route, method, status)
-        observer = self._observers.get(key)
-        if observer is None:
-            observer = self._observers[key] = self._seconds.labels(contract, route, method, str(status))
-        observer.observe(seconds)
 
 
 def merged(first: Any, second: Any) -> Any:
