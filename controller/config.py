@@ -165,7 +165,7 @@ class Config:
     node_address: str | None = field(default=None, metadata=check(_dial))  # that nodes dial; goes into join tokens
     log_level: LogLevel = LogLevel.INFO
     login_hours: int = field(default=24, metadata=check(_positive))
-    certificate_days: int = field(default=7, metadata=check(_positive))
+    certificate_days: int = field(default=30, metadata=check(_positive))
     trusted_proxies: tuple[str, ...] = field(default=(), metadata=check(_networks))
     metrics_from: tuple[str, ...] = field(default=("127.0.0.0/8", "::1/128"), metadata=check(_networks))
     passwords: Passwords = Passwords()
