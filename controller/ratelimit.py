@@ -63,7 +63,7 @@ class Limit:
         self._seconds = seconds
         self._storage = storage
 
-    async def hit(self, key: str) -> bool:
+    def hit(self, key: str) -> bool:
         """Count one event; False, and nothing counted, where that is too many."""
         key = self._prefix + key
         windows = time.time() / self._seconds
@@ -74,7 +74,7 @@ class Limit:
         self._storage.put(key, index, count + 1, before)
         return True
 
-    async def budget(self, key: str, allowed: bool) -> Budget:
+    def budget(self, key: str, allowed: bool) -> Budget:
         now = time.time()
         index = int(now / self._seconds)
         count, before = self._storage.counts(self._prefix + key, index)
@@ -86,5 +86,5 @@ class Limit:
             waits.append(rest % (self._seconds / before))
         return Budget(allowed, self._amount, remaining, now + min(waits, default=0))
 
-    async def clear(self, key: str) -> None:
+    def clear(self, key: str) -> None:
         self._storage.forget(self._prefix + key)

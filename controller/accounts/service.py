@@ -117,13 +117,13 @@ class Accounts:
                 sa.select(UserRow).where(sa.or_(UserRow.username_key == key, UserRow.email_key == key))
             )
         account = row.id if row is not None else key
-        await self._throttle.attempt(account, client.address)
+        self._throttle.attempt(account, client.address)
         fits = await self._passwords.verify(row.password_hash if row is not None else None, password)
         if row is None or not fits or not row.active:
             # What was typed as a name is not logged: now and then it is the password.
             log.info("accounts.login_failed", user_id=row.id if row is not None else None, address=client.address)
             raise errors.InvalidCredentials
-        await self._throttle.succeeded(account, client.address)
+        self._throttle.succeeded(account, client.address)
         if self._passwords.outdated(row.password_hash):
             await self._rehash(row, password)
         return _user_from_row(row)
@@ -234,10 +234,10 @@ class Accounts:
             if datetime.now(UTC) - principal.logged_in_at >= FRESH:
                 raise errors.PasswordNeeded
             return
-        await self._throttle.attempt(principal.user_id, client.address)
+        self._throttle.attempt(principal.user_id, client.address)
         if not await self._passwords.verify(hashed, password):
             raise errors.WrongPassword
-        await self._throttle.succeeded(principal.user_id, client.address)
+        self._throttle.succeeded(principal.user_id, client.address)
 
     async def _rehash(self, row: UserRow, password: str) -> None:
         hashed = await self._passwords.hash(password)

@@ -25,19 +25,19 @@ class Throttle:
         self._pair_under_attack = Limit("guess-under-attack", PER_ADDRESS_UNDER_ATTACK, WINDOW, storage)
         self._account = Limit("guess-account", PER_ACCOUNT, WINDOW, storage)
 
-    async def attempt(self, account: str, address: str) -> None:
+    def attempt(self, account: str, address: str) -> None:
         """Count an attempt before it is judged, so that parallel ones are counted too; raise TooManyAttempts."""
         pair = _pair(account, address)
-        quiet = await self._account.hit(account)
+        quiet = self._account.hit(account)
         limit = self._pair if quiet else self._pair_under_attack
-        if not await limit.hit(pair):
-            budget = await limit.budget(pair, False)
+        if not limit.hit(pair):
+            budget = limit.budget(pair, False)
             raise TooManyAttempts(retry_after=budget.retry_after)
 
-    async def succeeded(self, account: str, address: str) -> None:
+    def succeeded(self, account: str, address: str) -> None:
         pair = _pair(account, address)
-        await self._pair.clear(pair)
-        await self._pair_under_attack.clear(pair)
+        self._pair.clear(pair)
+        self._pair_under_attack.clear(pair)
 
 
 def _pair(account: str, address: str) -> str:

@@ -76,7 +76,7 @@ class Endpoint:
 
     async def enrol(self, request: web.Request) -> web.Response:
         address = _address(request)
-        if not await self._limit.hit(rate_limit_key(address)):
+        if not self._limit.hit(rate_limit_key(address)):
             raise TooManyEnrolments
         try:
             async with asyncio.timeout(_BODY_DEADLINE):

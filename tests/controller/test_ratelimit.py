@@ -23,32 +23,32 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-async def test_the_window_slides(clock: Clock) -> None:
+def test_the_window_slides(clock: Clock) -> None:
     limit = Limit("test", 10, 60, WindowStorage())
-    assert [await limit.hit("a") for _ in range(11)] == [True] * 10 + [False]
-    assert await limit.hit("b")
+    assert [limit.hit("a") for _ in range(11)] == [True] * 10 + [False]
+    assert limit.hit("b")
     clock.now += 60  # the next window: all ten of the last one still count
-    assert not await limit.hit("a")
+    assert not limit.hit("a")
     clock.now += 30  # half of it
-    assert [await limit.hit("a") for _ in range(6)] == [True] * 5 + [False]
+    assert [limit.hit("a") for _ in range(6)] == [True] * 5 + [False]
     clock.now += 120
-    assert [await limit.hit("a") for _ in range(11)] == [True] * 10 + [False]
+    assert [limit.hit("a") for _ in range(11)] == [True] * 10 + [False]
 
 
-async def test_clearing_gives_the_whole_limit_back(clock: Clock) -> None:
+def test_clearing_gives_the_whole_limit_back(clock: Clock) -> None:
     limit = Limit("test", 2, 60, WindowStorage())
-    assert [await limit.hit("a") for _ in range(3)] == [True, True, False]
-    await limit.clear("a")
-    assert await limit.hit("a")
+    assert [limit.hit("a") for _ in range(3)] == [True, True, False]
+    limit.clear("a")
+    assert limit.hit("a")
 
 
-async def test_memory_is_bounded_and_the_busiest_are_not_forgotten(clock: Clock) -> None:
+def test_memory_is_bounded_and_the_busiest_are_not_forgotten(clock: Clock) -> None:
     storage = WindowStorage(max_keys=100)
     limit = Limit("test", 5, 60, storage)
     for _ in range(5):
-        assert await limit.hit("busy")
+        assert limit.hit("busy")
     for number in range(1000):
-        await limit.hit(f"passer-by {number}")
+        limit.hit(f"passer-by {number}")
         if number % 50 == 0:
-            await limit.hit("busy")
+            limit.hit("busy")
     assert len(storage) == 100

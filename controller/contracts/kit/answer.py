@@ -10,6 +10,8 @@ from functools import lru_cache
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
+_ALWAYS = "Server: skynetvpn\r\nX-Content-Type-Options: nosniff\r\n"
+
 
 class Answer(web.StreamResponse):
     """aiohttp's own Response weighs streams, compression, payloads and cookies for each answer: more work than what
@@ -36,7 +38,7 @@ class Answer(web.StreamResponse):
             fields["Connection"] = "close"
         elif version < (1, 1):
             fields["Connection"] = "keep-alive"
-        head = f"HTTP/{version[0]}.{version[1]} {self.status} {self.reason}\r\n"
+        head = f"HTTP/{version[0]}.{version[1]} {self.status} {self.reason}\r\n{_ALWAYS}"
         for name, value in fields.items():
             if not value.isprintable():
                 raise ValueError(f"a control character in the header {name}")

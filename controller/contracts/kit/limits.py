@@ -28,7 +28,7 @@ class RateLimits:
             if limit.auth_requests:
                 self._auth[name] = Limit(f"auth-{name}", limit.auth_requests, limit.auth_window_seconds, storage)
 
-    async def count(self, contract: str, address: str, *, auth: bool) -> Budget | None:
+    def count(self, contract: str, address: str, *, auth: bool) -> Budget | None:
         """Count a request; raise RateLimited. What is left is answered for contracts that tell it."""
         general = self._general.get(contract)
         strict = self._auth.get(contract) if auth else None
@@ -36,6 +36,6 @@ class RateLimits:
             return None
         key = _key(address) if address else _LOCAL
         for limit in (strict, general):
-            if limit is not None and not await limit.hit(key):
-                raise RateLimited(retry_after=(await limit.budget(key, False)).retry_after)
-        return await general.budget(key, True) if general is not None and contract in self._tells else None
+            if limit is not None and not limit.hit(key):
+                raise RateLimited(retry_after=limit.budget(key, False).retry_after)
+        return general.budget(key, True) if general is not None and contract in self._tells else None

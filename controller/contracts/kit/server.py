@@ -40,9 +40,7 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _CORS_SECONDS = "600"
 
-# Of every answer; what a token or a login brought must not stay in a cache.
-_ALWAYS = {"Server": "skynetvpn", "X-Content-Type-Options": "nosniff"}
-_HEADERS = {"Content-Type": JSON, "Cache-Control": "no-store", **_ALWAYS}
+_HEADERS = {"Content-Type": JSON, "Cache-Control": "no-store"}  # what a token or a login brought stays in no cache
 
 log = structlog.get_logger()
 
@@ -119,7 +117,10 @@ class Api:
         elif (preflight := self._preflight(request)) is not None:
             response = preflight
         else:
-            response = await self._answer(exchange)
+            try:
+                response = self._answer(await self._serve(exchange))
+            except Exception as error:  # the last border: whatever it is, the caller gets his contract's envelope
+                response = self._refuse(exchange, error)
         self._finish(exchange, response, time.perf_counter() - started)
         return response
 
@@ -142,11 +143,7 @@ class Api:
         forwarded = request.headers.getall("X-Forwarded-For", ()) if trusted else ()
         return _Exchange(request, request_id, client_address(request.remote, forwarded, trusted))
 
-    async def _answer(self, exchange: _Exchange) -> Answer:
-        try:
-            reply = await self._serve(exchange)
-        except Exception as error:  # the last border: whatever it is, the caller gets his contract's envelope
-            return self._refuse(exchange, error)
+    def _answer(self, reply: Reply) -> Answer:
         body = reply.body if isinstance(reply.body, bytes) else orjson.dumps(reply.body)
         response = Answer(body, reply.status or 200, _HEADERS)
         if reply.media != JSON:
@@ -168,7 +165,7 @@ class Api:
             exchange.chosen = await self._settle(exchange, candidates)
         for candidate in exchange.chosen:
             auth = candidate.route is not None and candidate.route.auth
-            exchange.budget = await self._limits.count(candidate.contract.name, exchange.address, auth=auth)
+            exchange.budget = self._limits.count(candidate.contract.name, exchange.address, auth=auth)
             _check_path(candidate)
         calls = []
         for candidate in exchange.chosen:
@@ -269,8 +266,8 @@ class Api:
 
     def _show(self, page: Page, exchange: _Exchange) -> Answer:
         if exchange.request.method in ("GET", "HEAD"):
-            return Answer(page.body, 200, {**_ALWAYS, **page.headers})
-        return Answer(b"", 405, {**_ALWAYS, "Allow": "GET, HEAD"})
+            return Answer(page.body, 200, page.headers)
+        return Answer(b"", 405, {"Allow": "GET, HEAD"})
 
     def _preflight(self, request: web.BaseRequest) -> Answer | None:
         if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
@@ -281,7 +278,6 @@ class Api:
             b"",
             204,
             {
-                **_ALWAYS,
                 "Access-Control-Allow-Methods": ", ".join(_METHODS),
                 "Access-Control-Allow-Headers": "Accept, Authorization, Content-Type, X-Request-ID",
                 "Access-Control-Max-Age": _CORS_SECONDS,
