@@ -83,8 +83,8 @@ async def _import(file: Path, directory: Path | None, interface: str | None) -> 
     await importer.adopt(found, directory)
     spec = found.interface
     print(
-        f"stored in {directory}. In the controller give this node the interface name {spec.name}, "
-        f"port {spec.listen_port} and address {spec.addresses[0]}; its peers stay until they are imported away"
+        f"stored in {directory}: leave {spec.name} up, the agent adopts it. Make the join token of this node with "
+        f"skynetvpn-controller node token --interface {spec.name} --port {spec.listen_port}"
     )
     return 0
 

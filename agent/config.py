@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -73,15 +74,24 @@ class Config:
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
     """Read the file `enroll` wrote; raise AgentError or SettingsError with everything that is wrong."""
+    return settings.load(Config, _read(path), environ=environ, prefix=PREFIX, source=str(path))
+
+
+def render(path: Path, *, directory: Path, controller: str) -> bytes:
+    """The file for `enroll` to write at this path: what it knows, and every other setting that is there already.
+
+    Raises AgentError where what is there cannot be kept.
+    """
+    kept = _read(path) if path.exists() else {}
+    if not isinstance(kept, dict):
+        raise AgentError(f"{path} has no settings in it: correct it, or remove it")
+    return yaml.safe_dump(kept | {"controller": controller, "directory": str(directory)}).encode()
+
+
+def _read(path: Path) -> Any:
     try:
-        mapping = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise AgentError(f"{path}: {error.strerror}; enrol this host first: skynetvpn-agent enroll") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise AgentError(f"{path} is not YAML: {error}") from error
-    return settings.load(Config, mapping or {}, environ=environ, prefix=PREFIX, source=str(path))
-
-
-def render(*, directory: Path, controller: str) -> bytes:
-    """The file that `enroll` writes: what it knows; everything else has its default."""
-    return yaml.safe_dump({"controller": controller, "directory": str(directory)}).encode()

@@ -132,7 +132,7 @@ class Convergence:
                     name = self.desired.scope_name(action.peer.public_key)
                     what = "missing" if action.new else "changed"
                 case _:  # the interface, or a peer that nobody asked for: the scope that names the interface
-                    name = self._interface_scope()
+                    name = self.desired.owner
                     what = "unexpected" if isinstance(action, RemovePeer) else "changed"
             if name is not None:
                 counts = found.setdefault(name, {"missing": 0, "unexpected": 0, "changed": 0})
@@ -184,11 +184,11 @@ class Convergence:
         self._totals = dict.fromkeys(self.desired.scopes, 0)
         spec = self.desired.interface
         for name, scope in self.desired.scopes.items():
-            if spec is not None and scope.interfaces.get(spec.name) is spec:
+            if spec is not None and name == self.desired.owner:
                 if self._down or unprotected:
                     self._faults[name][Kind.WIREGUARD_INTERFACE, spec.name] = self._down or unprotected or ""
-                else:
-                    self._totals[name] += spec.digest()
+                else:  # as the scope has it: imported addresses beside it are nobody's
+                    self._totals[name] += scope.interfaces[spec.name].digest()
             for key, peer in scope.peers.items():
                 if self.desired.peers.get(key) is not peer or self._down:
                     continue
@@ -196,7 +196,7 @@ class Convergence:
                     self._faults[name][Kind.WIREGUARD_PEER, peer.key] = failed[key]
                 else:
                     self._totals[name] += peer.digest()
-        owner = self._interface_scope()
+        owner = self.desired.owner
         for key in failed.keys() - self.desired.peers.keys():
             if owner is not None:  # it could not be removed, and belongs to no scope any more
                 self._faults[owner][Kind.WIREGUARD_PEER, encode_key(key)] = failed[key]
@@ -230,10 +230,6 @@ class Convergence:
 
     def _fault(self, name: str, peer: Peer) -> str | None:
         return self._faults.get(name, {}).get((Kind.WIREGUARD_PEER, peer.key))
-
-    def _interface_scope(self) -> str | None:
-        spec = self.desired.interface
-        return next((name for name, scope in self.desired.scopes.items() if spec in scope.interfaces.values()), None)
 
     @staticmethod
     def _log_actions(actions: Sequence[Action], reason: str = "") -> None:

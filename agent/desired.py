@@ -3,6 +3,9 @@
 Everything is checked here once more although the controller has done so: a peer with a wide prefix, the node's own
 address or an address of another peer would take over traffic, whoever asked for it. What is refused is reported, the
 rest is applied. Of two peers that exclude each other the one that was there first stays.
+
+An imported interface is never given up: the controller's must be the same one (name and port), and then has the
+imported addresses beside its own. Until it is, nothing of the controller is on the host.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_interface, ip_network
 
+from msgspec.structs import replace
+
 from shared.desired import Interface, Kind, Peer, decode
 from shared.keys import decode_key, encode_key
 from shared.protocol import Resource
 
-IMPORTED = (
-    "imported"  # peers of an adopted wg-quick file: the controller does not know them, only an operator removes them
-)
+# The interface and peers of an adopted wg-quick file: the controller does not know them, only an operator removes them.
+IMPORTED = "imported"
 
 Name = tuple[str, str]  # kind, key
 
@@ -71,12 +75,14 @@ class Change:
 
 
 class Desired:
-    """`interface` and `peers` are what the host must have now."""
+    """`interface` and `peers` are what the host must have now; `owner` is the scope that names the interface."""
 
     def __init__(self, scopes: Mapping[str, Scope], now: float) -> None:
         self.scopes = dict(scopes)
         self.peers: dict[bytes, Peer] = {}
         self.interface: Interface | None = None
+        self.owner: str | None = None
+        self._barred = False  # whether the imported interface is in the way of the controller's
         self._refused: dict[str, dict[Name, str]] = {name: {} for name in self.scopes}
         self._claims: dict[str, bytes] = {}  # allowed IP -> the peer that has it
         self._expired: dict[bytes, str] = {}
@@ -155,7 +161,7 @@ class Desired:
         if peer.not_after is not None and peer.not_after <= now:
             self._expired[peer.public_key] = name
             return
-        reason = self._objection(peer)
+        reason = self._objection(name, peer)
         if reason is not None:
             self._refused[name][Kind.WIREGUARD_PEER, peer.key] = reason
             return
@@ -168,7 +174,9 @@ class Desired:
         if change is not None:
             change.admitted[peer.public_key] = (name, peer)
 
-    def _objection(self, peer: Peer) -> str | None:
+    def _objection(self, scope: str, peer: Peer) -> str | None:
+        if self._barred and scope != IMPORTED:
+            return "the node cannot have the controller's interface"
         if peer.public_key in self.peers:
             return f"the same public key is a peer of {self.scope_name(peer.public_key)}"
         if len(set(peer.allowed_ips)) != len(peer.allowed_ips):
@@ -199,18 +207,55 @@ class Desired:
                     self._admit(name, peer, now, change)
 
     def _choose_interface(self) -> None:
-        for name, scope in sorted(self.scopes.items(), key=lambda item: item[0] == IMPORTED):
-            for key, interface in sorted(scope.interfaces.items()):
-                if self.interface is None:
-                    self.interface = interface
-                elif name != IMPORTED:  # an imported one is what runs until the controller names its own
-                    words = f"the node runs {self.interface.name}, and one WireGuard interface is all it has"
-                    self._refused[name][Kind.WIREGUARD_INTERFACE, key] = words
+        own = self.scopes.get(IMPORTED, Scope("", 0))
+        kept = next(iter(own.interfaces.values()), None)
+        wanted = [
+            (name, interface)
+            for name, scope in sorted(self.scopes.items())
+            for _, interface in sorted(scope.interfaces.items())
+            if name != IMPORTED
+        ]
+        for name, interface in wanted:
+            words = None
+            if self.interface is not None:
+                words = f"the node runs {self.interface.name}, and one WireGuard interface is all it has"
+            elif kept is not None:
+                words = _hindrance(interface, kept, own.peers.values())
+            if words is None:
+                self.interface, self.owner = _joined(interface, kept), name
+            else:
+                self._refused[name][Kind.WIREGUARD_INTERFACE, interface.name] = words
+        if self.interface is None and kept is not None:
+            self.interface, self.owner, self._barred = kept, IMPORTED, bool(wanted)
 
     def _all_peers(self) -> Iterator[tuple[str, Peer]]:
         for name in sorted(self.scopes, key=lambda name: (name != IMPORTED, name)):
             for peer in self.scopes[name].peers.values():
                 yield name, peer
+
+
+def _hindrance(wanted: Interface, kept: Interface, peers: Iterable[Peer]) -> str | None:
+    """Why the controller's interface cannot be the imported one, and what the operator can do; None where it can."""
+    if (wanted.name, wanted.listen_port) != (kept.name, kept.listen_port):
+        return (
+            f"the node keeps the imported interface {kept.name} on port {kept.listen_port} for its clients, and cannot "
+            f"have {wanted.name} on port {wanted.listen_port}: run skynetvpn-controller node token --name NAME "
+            f"--country CC --city CITY --interface {kept.name} --port {kept.listen_port} on the controller; that "
+            "changes the node, the token is not needed"
+        )
+    for peer in peers:
+        if taken := _own_addresses(wanted).intersection(peer.allowed_ips):
+            return f"{min(taken)} belongs to imported peer {peer.key}: give the controller another pool"
+    return None
+
+
+def _joined(wanted: Interface, kept: Interface | None) -> Interface:
+    """The controller's interface with the imported addresses beside its own."""
+    if kept is None:
+        return wanted
+    there = {ip_interface(address) for address in wanted.addresses}
+    more = [address for address in kept.addresses if ip_interface(address) not in there]
+    return replace(wanted, addresses=(*wanted.addresses, *more))
 
 
 def _own_addresses(interface: Interface | None) -> frozenset[str]:

@@ -28,6 +28,8 @@ async def enrol(text: str, directory: Path) -> EnrolAnswer:
         raise AgentError(f"{error}: copy the whole token, or ask for a new one") from error
     files.make_private_directory(directory)
     with files.locked(directory):
+        path = directory / CONFIG
+        settings = config.render(path, directory=directory, controller=token.address)
         identity = Identity(directory)
         key = identity.ensure_key(identity.current.key)
         identity.ensure_wireguard_key()
@@ -41,8 +43,7 @@ async def enrol(text: str, directory: Path) -> EnrolAnswer:
         answer = await _exchange(token, request)
         identity.store(identity.current, answer.certificate, answer.ca)
         identity.discard_next()
-        settings = directory / CONFIG
-        files.write_private(settings, config.render(directory=directory, controller=token.address))
+        files.write_private(path, settings)
     return answer
 
 

@@ -1,8 +1,8 @@
 """Adopts an existing wg-quick file: its key, port and address, and its peers, so that nobody is cut off.
 
 The peers go to a scope of their own (`imported`) in the stored state. The controller neither knows nor removes them;
-they stay until an operator imports a file without them. The controller's interface takes the place of the imported
-one as soon as it names one; an allowed IP of an imported peer is refused to everybody else.
+they stay until an operator imports a file without them. The running interface is adopted as it is, and the controller
+has to name it as its own; an allowed IP of an imported peer is refused to everybody else.
 """
 
 from __future__ import annotations
@@ -128,6 +128,14 @@ def _peer(values: dict[str, Any], where: str) -> Peer:
 
 
 def _check_together(spec: Interface, peers: tuple[Peer, ...], file: Path) -> None:
+    networks = [ip_interface(address).network for address in spec.addresses]
+    for peer in peers:
+        for prefix in peer.allowed_ips:
+            if not any(ip_network(prefix).network_address in network for network in networks):
+                raise AgentError(
+                    f"{file}: peer {peer.key}: {prefix} is in no network of {', '.join(spec.addresses)}, so packets "
+                    "from it would be dropped: write the Address with its whole network; nothing was imported"
+                )
     scope = scope_of("", 0, [])
     scope.interfaces[spec.name] = spec
     scope.peers = {peer.public_key: peer for peer in peers}

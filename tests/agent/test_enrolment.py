@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
+import yaml
 
 from agent import config
 from agent.enrolment import enrol
@@ -31,6 +32,30 @@ async def test_enrolment_leaves_private_files_and_a_config_that_loads(tmp_path: 
     identity = Identity(directory)
     assert identity.wireguard_key().public().raw == sent
     identity.tls(identity.current)
+
+
+async def test_enrolling_again_keeps_the_operators_own_settings(tmp_path: Path) -> None:
+    directory = tmp_path / "agent"
+    async with FakeController(tmp_path) as controller:
+        await enrol(controller.token(), directory)
+        path = directory / "agent.yaml"
+        own = yaml.safe_load(path.read_text()) | {"controller": "192.0.2.1:1", "capacity_mbit": 10000, "later": 1}
+        path.write_text(f"# ours\n{yaml.safe_dump(own)}")
+        await enrol(controller.token(), directory)
+        assert yaml.safe_load(path.read_text()) == own | {"controller": controller.address}
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a\n", "text"])
+async def test_settings_that_cannot_be_kept_are_told_before_the_token_is_used(tmp_path: Path, text: str) -> None:
+    directory = tmp_path / "agent"
+    directory.mkdir(mode=0o700)
+    (directory / "agent.yaml").write_text(text)
+    async with FakeController(tmp_path) as controller:
+        with pytest.raises(AgentError, match=r"agent\.yaml"):
+            await enrol(controller.token(), directory)
+        assert controller.enrolments == []
+    assert (directory / "agent.yaml").read_text() == text
 
 
 async def test_lost_reply_is_repeated_with_the_same_keys_and_gives_the_same_certificate(tmp_path: Path) -> None:

@@ -7,21 +7,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from agent import importer
 from agent.errors import AgentError
 from agent.identity import Identity
 from agent.state import State
+from shared.desired import EMPTY_DIGEST, digest
 from shared.keys import PrivateKey
 from shared.protocol import Applied
-from tests.agent.fleet import INTERFACE, KEY, SCOPE, Node, peer, snapshot, welcome
-from tests.agent.model_host import ModelWireGuard
+from tests.agent.fleet import INTERFACE, KEY, SCOPE, Node, delta, peer, snapshot, welcome
+from tests.agent.model_host import ModelPeer, ModelWireGuard
 
 ROOT = Path(__file__).parents[2]
 FIRST, SECOND = (
     peer(1, allowed_ips=("10.66.1.2/32",)),
     peer(2, allowed_ips=("10.66.1.3/32", "fd66::3/128"), keepalive=25),
 )
+
+IMPORTED = replace(INTERFACE, addresses=("10.8.0.1/24",))
+OLD = peer(4, allowed_ips=("10.8.0.2/32",))
 
 
 def text(*, peers: str | None = None, interface: str = "") -> str:
@@ -82,6 +87,80 @@ async def test_imported_peers_are_served_and_outlive_the_controllers_snapshots(t
         assert all(isinstance(frame, Applied) and frame.scope == SCOPE for frame in node.frames)
 
 
+async def imported(tmp_path: Path) -> Path:
+    """A directory with an imported wg0 at 10.8.0.1/24 that has one peer, 10.8.0.2."""
+    directory = tmp_path / "agent"
+    peers = f"[Peer]\nPublicKey = {OLD.key}\nAllowedIPs = 10.8.0.2/32\n"
+    path = written(
+        tmp_path, f"[Interface]\nPrivateKey = {KEY.reveal()}\nListenPort = 51820\nAddress = 10.8.0.1/24\n{peers}"
+    )
+    await importer.adopt(await importer.read(path), directory)
+    return directory
+
+
+def running() -> ModelWireGuard:
+    wireguard = ModelWireGuard()
+    device = wireguard.create(IMPORTED, KEY)
+    device.peers[OLD.public_key] = ModelPeer(OLD.allowed_ips, None, 0)
+    return wireguard
+
+
+async def test_imported_addresses_stay_beside_the_controllers(tmp_path: Path) -> None:
+    wireguard = running()
+    device = wireguard.devices["wg0"]
+    both = ("10.66.0.1/16", "fd66::1/64", "10.8.0.1/24")
+    async with Node(await imported(tmp_path), wireguard) as node:
+        (answer,) = await node.send(welcome(SCOPE), snapshot([INTERFACE, FIRST]))
+        assert answer == Applied(scope=SCOPE, revision=1, digest=digest([INTERFACE, FIRST]))
+        assert wireguard.devices["wg0"] is device
+        assert device.spec.addresses == both
+        assert node.present() == {OLD.public_key, FIRST.public_key}
+        assert node.firewall.loaded is not None
+        assert node.firewall.loaded[0].addresses == both
+        written_before = wireguard.writes()
+        await node.reconciler.recheck()
+        assert (wireguard.writes(), node.counters.drift) == (written_before, 0)
+    async with Node(tmp_path / "agent", wireguard) as node:
+        (answer,) = await node.send(welcome(SCOPE))
+        assert answer == Applied(scope=SCOPE, revision=1, digest=digest([INTERFACE, FIRST]))
+        assert wireguard.writes() == written_before
+
+
+@pytest.mark.parametrize("changes", [{"name": "sky0"}, {"listen_port": 51821}, {"name": "sky0", "listen_port": 51821}])
+async def test_another_interface_is_refused_until_the_operator_gives_the_imported_one(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    wireguard = running()
+    other = replace(INTERFACE, **changes)
+    async with Node(await imported(tmp_path), wireguard) as node:
+        (answer,) = await node.send(welcome(SCOPE), snapshot([other, FIRST]))
+        assert isinstance(answer, Applied)
+        assert answer.digest == EMPTY_DIGEST
+        first, second = answer.failures
+        assert (first.key, second.key) == (other.name, FIRST.key)
+        assert "--interface wg0 --port 51820" in first.message
+        assert list(wireguard.devices) == ["wg0"]
+        assert wireguard.devices["wg0"].spec.addresses == ("10.8.0.1/24",)
+        assert node.present() == {OLD.public_key}
+        assert node.counters.drift == 0
+        removals = [] if other.name == "wg0" else [other]
+        (answer,) = await node.send(delta(1, 2, [INTERFACE], removals))
+        assert answer == Applied(scope=SCOPE, revision=2, digest=digest([INTERFACE, FIRST]))
+        assert node.present() == {OLD.public_key, FIRST.public_key}
+        await node.send(delta(2, 3, [other], [INTERFACE] if removals else []))
+        assert node.present() == {OLD.public_key}
+
+
+async def test_controllers_interface_does_not_take_the_address_of_an_imported_peer(tmp_path: Path) -> None:
+    wireguard = running()
+    async with Node(await imported(tmp_path), wireguard) as node:
+        thief = replace(INTERFACE, addresses=("10.8.0.2/16",))
+        (answer,) = await node.send(welcome(SCOPE), snapshot([thief]))
+        assert isinstance(answer, Applied)
+        assert "belongs to imported peer" in answer.failures[0].message
+        assert node.present() == {OLD.public_key}
+
+
 async def test_second_import_takes_the_place_of_the_first(tmp_path: Path) -> None:
     directory = tmp_path / "agent"
     await importer.adopt(await importer.read(written(tmp_path, text())), directory)
@@ -98,6 +177,7 @@ async def test_second_import_takes_the_place_of_the_first(tmp_path: Path) -> Non
         ("\n\n# note\n[Peer]\nPublicKey = short\nAllowedIPs = 10.66.1.2/32\n", r"wg0.conf:11: "),
         (f"[Peer]\nPublicKey = {FIRST.key}\n", r"wg0.conf:8: allowedips is missing"),
         (f"[Peer]\nPublicKey = {FIRST.key}\nAllowedIPs = 10.66.0.1/32\n", "node itself"),
+        (f"[Peer]\nPublicKey = {FIRST.key}\nAllowedIPs = 10.67.0.1/32\n", "in no network"),
         (f"[Peer]\nPublicKey = {FIRST.key}\nAllowedIPs = 10.66.1.2/32\n" * 2, "same PublicKey"),
         (
             f"[Peer]\nPublicKey = {FIRST.key}\nAllowedIPs = 10.66.1.2/32\n"
