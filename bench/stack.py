@@ -29,7 +29,7 @@ import yaml
 
 from bench import material
 from controller.accounts.tables import UserRow
-from controller.config import read_config
+from controller.config import read_config, read_secrets
 from controller.desired import service as desired
 from controller.fleet.tables import NodeRow
 from controller.store.database import open_database
@@ -124,7 +124,8 @@ class Stack:
 
     async def _seed(self) -> None:
         """Connections of `crowd` as its clients would have made them; 10,000 requests would take minutes."""
-        database = open_database(read_config(Path(self._settings), {}).database_url)
+        config = read_config(Path(self._settings), {})
+        database = open_database(config.database_url, read_secrets(config.secret_key_file))
         try:
             async with database.transaction() as tx:
                 node_id = await tx.session.scalar(sa.select(NodeRow.id))

@@ -91,6 +91,7 @@ class Controller:
 async def services(config: Config) -> AsyncIterator[Services]:
     """Open the database at this version's schema, and what works on nothing else."""
     authority = await asyncio.to_thread(ca.load, config.ca_directory)
+    secrets = await asyncio.to_thread(read_secrets, config.secret_key_file)
     pool = _pool(config)
     settings = FleetSettings(
         channel_address=config.dialled_address(),
@@ -101,7 +102,7 @@ async def services(config: Config) -> AsyncIterator[Services]:
         certificate_lifetime=timedelta(days=config.certificate_days),
     )
     async with AsyncExitStack() as stack:
-        database = open_database(config.database_url)
+        database = open_database(config.database_url, secrets)
         stack.push_async_callback(database.close)
         await migrate(database)
         passwords = Passwords(config.passwords)
@@ -131,7 +132,6 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
     tunnels = Tunnels(
         database,
         directory,
-        await asyncio.to_thread(read_secrets, config.secret_key_file),
         live,
         TunnelSettings(
             pool=_pool(config),

@@ -52,11 +52,16 @@ class SecretBox:
         nonce, ciphertext = sealed[start : start + _NONCE_BYTES], sealed[start + _NONCE_BYTES :]
         cipher = self._ciphers.get(key_id)
         if cipher is None or len(nonce) != _NONCE_BYTES:
-            raise SecretUnreadable(key_id=key_id)
+            raise SecretUnreadable(key_id=_shown(key_id))
         try:
             return cipher.decrypt(nonce, ciphertext, _place(table, column, row))
         except InvalidTag as error:
             raise SecretUnreadable(key_id=key_id) from error
+
+
+def _shown(key_id: str) -> str:
+    """What was never sealed has no key id, and may be a secret itself."""
+    return key_id if key_id.isascii() and key_id.isprintable() else "?"
 
 
 def _place(table: str, column: str, row: str) -> bytes:

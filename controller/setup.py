@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from controller.config import Config, new_secret_line, read_config
+from controller.config import Config, new_secret_line, read_config, read_secrets
 from controller.errors import Unusable
 from controller.fleet import ca
 from controller.store.database import open_database
@@ -35,7 +35,7 @@ async def initialise(directory: Path, listen: str | None, node_listen: str | Non
     path = await asyncio.to_thread(_make_files, directory, chosen)
     try:
         config = await asyncio.to_thread(read_config, path, {})
-        database = open_database(config.database_url)
+        database = open_database(config.database_url, await asyncio.to_thread(read_secrets, config.secret_key_file))
         await migrate(database)
         await database.close()
     except BaseException:

@@ -15,6 +15,7 @@ from controller.channel.pushes import Push
 from controller.channel.session import ProtocolViolation, Session, Wanted
 from controller.errors import DomainError
 from controller.fleet.identities import Admitted
+from controller.secretbox import SecretUnreadable
 from controller.store.database import StoreUnavailable
 from shared.protocol import Bye, Frame, FromAgent, Hello, MalformedFrame, decode_from_agent, encode
 
@@ -45,6 +46,7 @@ class Connection:
         self._metrics = metrics
         self._read_push = read_push
         self._waiting: deque[bytes] = deque()
+        self._unreadable = False
         self._work = asyncio.Event()
         self._ended: asyncio.Future[Bye | None] = asyncio.get_running_loop().create_future()
 
@@ -133,6 +135,13 @@ class Connection:
         except StoreUnavailable:
             self.session.postpone(wanted.scope)  # the sweep wakes us when the database is back
             return False
+        except SecretUnreadable as error:
+            self.session.postpone(wanted.scope)  # the node keeps what it has; never is it sent less than all
+            if not self._unreadable:
+                log.error("channel.desired_unreadable", node=self.node.name, scope=wanted.scope, reason=str(error))
+            self._unreadable = True
+            return False
+        self._unreadable = False
         if self.session.pushing(wanted.scope, push.revision, push.digest):
             for frame in push.frames:
                 await self._transmit(frame)

@@ -81,7 +81,7 @@ class Pushes:
     async def _delta(self, connection: AsyncConnection, wanted: Wanted) -> Push | None:
         if wanted.base is None:
             return None
-        changes = await desired.changes(connection, wanted.scope, wanted.base)
+        changes = await desired.changes(connection, self._database.secrets, wanted.scope, wanted.base)
         return self._encoded(changes) if changes is not None else None
 
     def _encoded(self, changes: Changes) -> Push | None:
@@ -90,7 +90,7 @@ class Pushes:
         return Push(changes.revision, changes.digest, (frame,)) if len(frame) <= MAX_FRAME_BYTES else None
 
     async def _snapshot(self, connection: AsyncConnection, wanted: Wanted) -> Push:
-        state = await desired.state(connection, wanted.scope)
+        state = await desired.state(connection, self._database.secrets, wanted.scope)
         return Push(state.revision, state.digest, encode_snapshot(self._epoch, state, wanted.confirmed))
 
 

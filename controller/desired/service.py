@@ -1,4 +1,7 @@
-"""Writes desired resources beside the rows that want them, and reads what a node has to be sent."""
+"""Writes desired resources beside the rows that want them, and reads what a node has to be sent.
+
+Payloads carry preshared keys: they rest sealed, each for its own row. One that does not open raises SecretUnreadable.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from controller.desired.tables import DesiredRow, ScopeRow
+from controller.secretbox import SecretBox
 from controller.store.database import Transaction
 from shared import desired
 from shared.desired import Kind, Payload
@@ -53,9 +57,10 @@ async def put(tx: Transaction, scope: str, payloads: Sequence[Payload]) -> int:
         encoded = desired.encode(payload)
         row = existing.get((desired.kind_of(payload), payload.key))
         if row is not None and not row.deleted:
-            if row.payload == encoded:
+            former = _opened(tx.secrets, scope, row.kind, row.key, row.payload)
+            if former.payload == encoded:
                 continue
-            total -= desired.decode(row.kind, row.key, row.payload).digest()
+            total -= _digest(former)
         total += payload.digest()
         changed.append((payload, encoded))
     if not changed:
@@ -68,7 +73,8 @@ async def put(tx: Transaction, scope: str, payloads: Sequence[Payload]) -> int:
         if row is None:
             row = DesiredRow(scope=scope, kind=kind, key=payload.key)
             tx.session.add(row)
-        row.revision, row.payload, row.deleted = revision, encoded, False
+        sealed = tx.secrets.seal(encoded, **_place(scope, kind, payload.key))
+        row.revision, row.payload, row.deleted = revision, sealed, False
     await tx.session.flush()
     return revision
 
@@ -78,7 +84,7 @@ async def remove(tx: Transaction, scope: str, kind: Kind, keys: Sequence[str]) -
     rows = [row for row in (await _rows(tx.session, scope, [(kind, key) for key in keys])).values() if not row.deleted]
     if not rows:
         return await _revision(tx.session, scope)
-    total = sum(desired.decode(row.kind, row.key, row.payload).digest() for row in rows)
+    total = sum(_digest(_opened(tx.secrets, scope, row.kind, row.key, row.payload)) for row in rows)
     revision = await _advance(tx, scope, -total, [], [ResourceName(row.kind, row.key) for row in rows])
     for row in rows:
         row.revision, row.payload, row.deleted = revision, b"", True
@@ -92,7 +98,7 @@ async def revisions(connection: AsyncConnection, scopes: Sequence[str]) -> dict[
     return dict.fromkeys(scopes, 0) | {row.scope: row.revision for row in found}
 
 
-async def changes(connection: AsyncConnection, scope: str, base: int) -> Changes | None:
+async def changes(connection: AsyncConnection, secrets: SecretBox, scope: str, base: int) -> Changes | None:
     """What changed after `base`; None where that is unknown (tombstones purged, or a base from another history)."""
     rows = (await connection.execute(_SINCE, {"scope": scope, "base": base})).all()
     if not rows:
@@ -105,17 +111,17 @@ async def changes(connection: AsyncConnection, scope: str, base: int) -> Changes
         base,
         head.revision,
         head.digest,
-        [Resource(row.kind, row.key, row.payload) for row in rows if row.deleted is False],
+        [_opened(secrets, scope, row.kind, row.key, row.payload) for row in rows if row.deleted is False],
         [ResourceName(row.kind, row.key) for row in rows if row.deleted],
     )
 
 
-async def state(connection: AsyncConnection, scope: str) -> State:
+async def state(connection: AsyncConnection, secrets: SecretBox, scope: str) -> State:
     """The whole scope."""
     rows = (await connection.execute(_SINCE, {"scope": scope, "base": 0})).all()
     if not rows:
         return State(scope, 0, desired.EMPTY_DIGEST, [])
-    resources = [Resource(row.kind, row.key, row.payload) for row in rows if row.deleted is False]
+    resources = [_opened(secrets, scope, row.kind, row.key, row.payload) for row in rows if row.deleted is False]
     return State(scope, rows[0].revision, rows[0].digest, resources)
 
 
@@ -148,6 +154,19 @@ _SINCE = (
     .where(ScopeRow.scope == sa.bindparam("scope"))
     .order_by(DesiredRow.revision)
 )
+
+
+def _place(scope: str, kind: str, key: str) -> dict[str, str]:
+    """The one row that a sealed payload opens in."""
+    return {"table": DesiredRow.__tablename__, "column": "payload", "row": f"{scope}/{kind}/{key}"}
+
+
+def _opened(secrets: SecretBox, scope: str, kind: str, key: str, sealed: bytes) -> Resource:
+    return Resource(kind, key, secrets.open(sealed, **_place(scope, kind, key)))
+
+
+def _digest(resource: Resource) -> int:
+    return desired.decode(resource.kind, resource.key, resource.payload).digest()
 
 
 async def _rows(

@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 
 from controller.errors import DomainError, ErrorKind
+from controller.secretbox import SecretBox
 from controller.store.tables import FactRow, TopicRow
 from controller.store.types import new_id
 
@@ -58,6 +59,7 @@ class Transaction:
     """A unit of work. Leaving the `async with` commits; an exception rolls back and tells nobody."""
 
     session: AsyncSession
+    secrets: SecretBox
     topics: set[Topic] = field(default_factory=set)
     scopes: set[str] = field(default_factory=set)
     notes: list[object] = field(default_factory=list)
@@ -80,10 +82,14 @@ class Transaction:
 
 
 class Database:
-    """One database. Readers run side by side; on SQLite one writer at a time, queued fairly in this process."""
+    """One database, and the box for the secrets that rest in it.
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    Readers run side by side; on SQLite one writer at a time, queued fairly in this process.
+    """
+
+    def __init__(self, engine: AsyncEngine, secrets: SecretBox) -> None:
         self.engine = engine
+        self.secrets = secrets
         self._writer = engine.execution_options(write=True)
         self._turn = asyncio.Lock() if engine.dialect.name == "sqlite" else None
         self._listeners: list[Listener] = []
@@ -103,7 +109,7 @@ class Database:
                 await stack.enter_async_context(self._turn)
             try:
                 async with AsyncSession(self._writer, expire_on_commit=False) as session:
-                    transaction = Transaction(session)
+                    transaction = Transaction(session, self.secrets)
                     yield transaction
                     if transaction.topics:
                         await _bump(session, transaction.topics)
@@ -143,7 +149,7 @@ class Database:
         await self.engine.dispose()
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, secrets: SecretBox) -> Database:
     """Open `sqlite+aiosqlite:///path` or `postgresql+asyncpg://…`; nothing is connected yet."""
     if url.startswith("sqlite"):
         engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT}, pool_size=8, max_overflow=0)
@@ -151,7 +157,7 @@ def open_database(url: str) -> Database:
         sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
     else:
         engine = create_async_engine(url, pool_pre_ping=True)
-    return Database(engine)
+    return Database(engine, secrets)
 
 
 def translate(error: DBAPIError | PoolExhausted) -> Exception:

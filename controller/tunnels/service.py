@@ -17,7 +17,6 @@ from controller.desired import service as desired
 from controller.errors import InvalidInput
 from controller.fleet.directory import Directory, Server, ServerStatus
 from controller.fleet.errors import ServerNotFound
-from controller.secretbox import SecretBox
 from controller.store.database import Database, StoreUnavailable, Topic, Transaction
 from controller.store.types import new_id, now
 from controller.tunnels import allocation, ending, errors
@@ -77,7 +76,6 @@ class Tunnels:
         self,
         database: Database,
         directory: Directory,
-        secrets: SecretBox,
         live: LiveStates,
         settings: TunnelSettings,
         *,
@@ -87,7 +85,6 @@ class Tunnels:
     ) -> None:
         self._database = database
         self._directory = directory
-        self._secrets = secrets
         self._live = live
         self._settings = settings
         self._max_connections = max_connections
@@ -329,12 +326,12 @@ class Tunnels:
             return False
 
     def _seal(self, row: ConnectionRow, column: str, value: bytes) -> bytes:
-        return self._secrets.seal(value, table=row.__tablename__, column=column, row=row.id)
+        return self._database.secrets.seal(value, table=row.__tablename__, column=column, row=row.id)
 
     def _open(self, row: ConnectionRow, column: str, sealed: bytes | None) -> bytes | None:
         if sealed is None:
             return None
-        return self._secrets.open(sealed, table=row.__tablename__, column=column, row=row.id)
+        return self._database.secrets.open(sealed, table=row.__tablename__, column=column, row=row.id)
 
 
 _WITH_SLOT = sa.select(ConnectionRow, AllocationRow.slot).outerjoin(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,6 @@ from controller.fleet.directory import Directory
 from controller.fleet.metrics import FleetMetrics
 from controller.fleet.nodes import NodeStatus
 from controller.fleet.tables import NodeRow
-from controller.secretbox import SecretBox
 from controller.store.database import Database
 from controller.store.types import new_id, now
 from controller.tunnels.addresses import Pool
@@ -101,7 +99,6 @@ async def build_world(database: Database) -> AsyncIterator[World]:
     tunnels = Tunnels(
         database,
         directory,
-        SecretBox({"k1": os.urandom(32)}, "k1"),
         live,
         TunnelSettings(pool=Pool.parse("10.66.0.0/24", "fd66::/112"), dns=("9.9.9.9", "2620:fe::9")),
         max_connections=lambda plan: {Plan.FREE: 1, Plan.PRO: 3, Plan.ENTERPRISE: 100}[plan],

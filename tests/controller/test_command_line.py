@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from controller.config import new_secret_line
 from shared import jointoken
 
 PASSWORD = "correct horse battery"
@@ -165,3 +166,20 @@ async def test_a_configuration_that_is_dangerous_does_not_start(directory: Path)
     assert "ca.key can be read by others" in errors
     assert "secret.key" in errors or "secret_key_file: line 1" in errors
     assert "Traceback" not in errors
+
+
+async def test_another_secret_key_is_one_clear_line(directory: Path) -> None:
+    config, secret = directory / "controller.yaml", directory / "secret.key"
+    token = ("node", "token", "--name", "fra1", "--country", "DE", "--city", "Frankfurt", "--config", config)
+    status, _, errors = await controller(*token)
+    assert (status, errors) == (0, "")
+    former = secret.read_text()
+    secret.write_text(new_secret_line())
+    status, _, errors = await controller("run", "--config", config)
+    assert status == 1
+    assert errors == (
+        "skynetvpn-controller: a stored secret cannot be opened with the configured keys; put back the key 'k1'\n"
+    )
+    secret.write_text(new_secret_line().replace("k1", "k2") + former)
+    async with running(directory):
+        pass

@@ -62,6 +62,12 @@ def test_a_former_key_still_opens_and_a_missing_one_is_named() -> None:
         SecretBox({"new": new}, "new").open(sealed, **PLACE)
 
 
+def test_what_was_never_sealed_is_not_told_by_the_refusal() -> None:
+    with pytest.raises(SecretUnreadable) as refused:
+        box().open(bytes([40]) + b"\x83\xa3preshared_key\xc4\x20" + bytes(range(100, 132)), **PLACE)
+    assert "preshared" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("keys", "current"), [({"k1": b"short"}, "k1"), ({"k1": bytes(32)}, "k2"), ({"": bytes(32)}, "")]
 )

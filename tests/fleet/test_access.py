@@ -87,8 +87,8 @@ def test_config_of_a_key_made_by_the_service_works_and_leaves_no_secret_behind(f
     for name, value in secrets.items():
         for place, content in {"logs": logs, "process list": running, "metrics": metrics}.items():
             assert not present(value, content), f"the {name} is in the {place}"
-        if name != "preshared key":  # desired state carries it: the node has to have it
-            assert not present(value, database), f"the {name} is in the database"
+        assert not present(value, database), f"the {name} is in the database"
+        if name != "preshared key":  # the node has to have it
             assert not present(value, agent_state), f"the {name} is in the agent's state"
 
 

@@ -18,6 +18,7 @@ from controller.desired.service import node_scope
 from controller.fleet.directory import ServerStatus
 from controller.fleet.nodes import NodeStatus
 from controller.fleet.service import Fleet
+from controller.secretbox import SecretBox
 from controller.store.database import Committed, Database, open_database
 from controller.store.schema import metadata
 from controller.store.watch import Watcher
@@ -56,9 +57,11 @@ async def test_without_a_certificate_there_is_no_channel(port: NodePort) -> None
     await agent.close()
 
 
-async def test_a_certificate_of_another_authority_does_not_connect(port: NodePort, tmp_path: Path) -> None:
+async def test_a_certificate_of_another_authority_does_not_connect(
+    port: NodePort, secrets: SecretBox, tmp_path: Path
+) -> None:
     agent = await port.enrolled()
-    other = open_database(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}")
+    other = open_database(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}", secrets)
     async with other.engine.begin() as connection:
         await connection.run_sync(metadata.create_all)
     async with node_port(other, tmp_path / "other-ca") as elsewhere:
@@ -249,7 +252,7 @@ async def test_a_command_line_in_another_process_cuts_a_node_off_within_a_second
         noticed: list[Committed] = []
         database.listen(lambda committed: noticed.append(committed) if committed.scopes is None else None)
         watcher = asyncio.create_task(Watcher(database).run())
-        beside = open_database(str(database.engine.url))
+        beside = open_database(str(database.engine.url), database.secrets)
         fleet = Fleet(beside, port.authority.pin, port.settings)
         while not noticed:  # its first look is only its base line
             await fleet.set_status("node-1", NodeStatus.MAINTENANCE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from controller.channel.session import Session
 from controller.desired import service as desired
 from controller.desired.service import Changes, State
 from controller.desired.tables import DesiredRow, ScopeRow
+from controller.secretbox import SecretBox
 from controller.store.database import Committed, open_database
 from controller.store.schema import metadata
 from shared.desired import Kind, Peer
@@ -49,7 +51,8 @@ class Convergence(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.runner = asyncio.Runner()
-        self.database = open_database(f"sqlite+aiosqlite:///{Path(self.folder.name) / 'controller.db'}")
+        secrets = SecretBox({"k1": os.urandom(32)}, "k1")
+        self.database = open_database(f"sqlite+aiosqlite:///{Path(self.folder.name) / 'controller.db'}", secrets)
         self.epochs = 1
         self.deliver_pokes = True
         self.clock = 0.0
@@ -89,7 +92,7 @@ class Convergence(RuleBasedStateMachine):
 
     async def _state(self) -> State:
         async with self.database.connect() as connection:
-            return await desired.state(connection, SCOPE)
+            return await desired.state(connection, self.database.secrets, SCOPE)
 
     @rule(numbers=KEYS, address=st.integers(0, 3), poke=st.booleans())
     def put(self, numbers: list[int], address: int, poke: bool) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import sqlalchemy as sa
+from structlog.testing import capture_logs
 
 from controller.channel import connection as connection_module
 from controller.channel.pushes import Pushes, encode_snapshot
@@ -21,6 +22,7 @@ from controller.desired.service import node_scope
 from controller.desired.tables import DesiredRow, ScopeRow
 from controller.fleet.errors import NothingToConfirm
 from controller.fleet.tables import AppliedRow
+from controller.secretbox import SecretBox
 from controller.store.database import Database, open_database
 from controller.store.tables import FactRow
 from shared import desired as shared_desired
@@ -70,7 +72,12 @@ async def fill(database: Database, scope: str, resources: list[Peer]) -> None:
                 "kind": Kind.WIREGUARD_PEER,
                 "key": resource.key,
                 "revision": head.revision,
-                "payload": shared_desired.encode(resource),
+                "payload": tx.secrets.seal(
+                    shared_desired.encode(resource),
+                    table="desired",
+                    column="payload",
+                    row=f"{scope}/{Kind.WIREGUARD_PEER}/{resource.key}",
+                ),
                 "deleted": False,
             }
             for resource in resources
@@ -81,7 +88,7 @@ async def fill(database: Database, scope: str, resources: list[Peer]) -> None:
 async def converged(database: Database, agent: FakeAgent, scope: str) -> None:
     """Wait until the node has exactly what the database says."""
     async with database.connect() as connection:
-        wanted = await desired.state(connection, scope)
+        wanted = await desired.state(connection, database.secrets, scope)
     await until(lambda: agent.revisions.get(scope) == wanted.revision and agent.digest(scope) == wanted.digest)
     assert set(agent.resources[scope]) == {(item.kind, item.key) for item in wanted.resources}
 
@@ -263,14 +270,16 @@ async def test_a_failed_resource_is_told_in_the_drivers_words(port: NodePort, da
 
 async def test_a_lost_poke_is_made_up_for(port: NodePort, database: Database) -> None:
     agent, scope = await connected(port)
-    silent = open_database(str(database.engine.url))  # nobody listens to this one
+    silent = open_database(str(database.engine.url), database.secrets)  # nobody listens to this one
     await put(silent, scope, *peers(1))
     await converged(database, agent, scope)
     await silent.close()
     await agent.close()
 
 
-async def test_a_controller_killed_between_commit_and_poke_loses_nothing(database: Database, tmp_path: Path) -> None:
+async def test_a_controller_killed_between_commit_and_poke_loses_nothing(
+    database: Database, secret_key: bytes, tmp_path: Path
+) -> None:
     async with node_port(database, tmp_path / "ca") as port:
         agent, scope = await connected(port)
     await until(lambda: agent.closed)
@@ -278,12 +287,14 @@ async def test_a_controller_killed_between_commit_and_poke_loses_nothing(databas
     script = f"""
         import asyncio, os, signal
         from controller.desired import service
+        from controller.secretbox import SecretBox
         from controller.store.database import open_database
         from shared.desired import Peer
         from shared.keys import decode_key
 
         async def main():
-            database = open_database({str(database.engine.url)!r})
+            secrets = SecretBox({{"k1": bytes.fromhex({secret_key.hex()!r})}}, "k1")
+            database = open_database({str(database.engine.url)!r}, secrets)
             database.listen(lambda committed: os.kill(os.getpid(), signal.SIGKILL))
             async with database.transaction() as tx:
                 peer = Peer(public_key=decode_key({encode_key(peer.public_key)!r}), allowed_ips=("10.66.0.9/32",))
@@ -327,6 +338,27 @@ async def test_a_database_error_is_never_an_empty_set(port: NodePort, database: 
     assert not agent.received(Snapshot)
     async with database.engine.begin() as connection:
         await connection.execute(sa.text("ALTER TABLE hidden RENAME TO desired"))
+    await converged(database, agent, scope)
+    await agent.close()
+
+
+async def test_a_payload_that_does_not_open_is_never_an_empty_set(port: NodePort, database: Database) -> None:
+    agent, scope = await connected(port)
+    await put(database, scope, *peers(5))
+    await converged(database, agent, scope)
+    await agent.close()
+    agent.epoch = "elsewhere"  # so that it needs a snapshot
+    kept, database.secrets = database.secrets, SecretBox({"k1": os.urandom(32)}, "k1")
+    with capture_logs() as logs:
+        await agent.connect()
+        await until(lambda: any(entry["event"] == "channel.desired_unreadable" for entry in logs))
+        for number in (1, 2, 3):  # the session goes on, and each wake-up tries again
+            port.hub.poke([scope])
+            await agent.send(Report(sequence=number, boot_id=agent.boot_id, generation="g"))
+            await until(lambda: len(port.reports) == number)  # noqa: B023 - it is awaited here
+    assert [entry["log_level"] for entry in logs if entry["event"] == "channel.desired_unreadable"] == ["error"]
+    assert not agent.received(Snapshot) and not agent.received(Delta)
+    database.secrets = kept
     await converged(database, agent, scope)
     await agent.close()
 
@@ -466,7 +498,7 @@ async def test_nodes_of_a_shared_scope_get_the_same_frames(database: Database, t
         for agent in agents:
             assert await port.hub.wait_applied(agent.node_id, shared, revision, 5)
         assert reads == []  # the commit told it
-        silent = open_database(str(database.engine.url))
+        silent = open_database(str(database.engine.url), database.secrets)
         revision = await put(silent, shared, *peers(10, network=2))
         await silent.close()
         port.hub.poke([shared])

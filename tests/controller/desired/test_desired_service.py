@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import os
+
+import msgspec
+import pytest
+import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from controller.desired import service as desired_service
+from controller.desired.tables import DesiredRow
+from controller.secretbox import SecretBox, SecretUnreadable
 from controller.store.database import Database
 from controller.store.types import new_id
 from shared import desired
@@ -42,7 +49,7 @@ async def test_a_key_that_comes_back_replaces_its_tombstone(database: Database) 
         await desired_service.remove(tx, SCOPE, Kind.WIREGUARD_PEER, [peer(1).key])
         await desired_service.put(tx, SCOPE, [peer(1)])
     async with database.connect() as connection:
-        changes = await desired_service.changes(connection, SCOPE, 1)
+        changes = await desired_service.changes(connection, database.secrets, SCOPE, 1)
     assert changes is not None
     assert [resource.key for resource in changes.upserts] == [peer(1).key]
     assert changes.removals == []
@@ -55,11 +62,11 @@ async def test_an_unknown_base_needs_a_snapshot(database: Database) -> None:
         await desired_service.remove(tx, SCOPE, Kind.WIREGUARD_PEER, [peer(1).key])
         assert await desired_service.purge(tx, SCOPE, 2) == 1
     async with database.connect() as connection:
-        assert await desired_service.changes(connection, SCOPE, 1) is None
-        assert await desired_service.changes(connection, SCOPE, 3) is None
-        assert await desired_service.changes(connection, "node:unknown", 5) is None
-        empty = await desired_service.changes(connection, "node:unknown", 0)
-        state = await desired_service.state(connection, SCOPE)
+        assert await desired_service.changes(connection, database.secrets, SCOPE, 1) is None
+        assert await desired_service.changes(connection, database.secrets, SCOPE, 3) is None
+        assert await desired_service.changes(connection, database.secrets, "node:unknown", 5) is None
+        empty = await desired_service.changes(connection, database.secrets, "node:unknown", 0)
+        state = await desired_service.state(connection, database.secrets, SCOPE)
         assert await desired_service.revisions(connection, [SCOPE, "node:unknown"]) == {SCOPE: 2, "node:unknown": 0}
     assert empty is not None
     assert empty.digest == EMPTY_DIGEST
@@ -71,7 +78,7 @@ async def test_ten_thousand_peers_in_one_change(database: Database) -> None:
     async with database.transaction() as tx:
         assert await desired_service.put(tx, SCOPE, peers) == 1
     async with database.connect() as connection:
-        state = await desired_service.state(connection, SCOPE)
+        state = await desired_service.state(connection, database.secrets, SCOPE)
     assert len(state.resources) == 10_000
     assert state.digest == desired.digest(peers)
 
@@ -92,7 +99,7 @@ async def test_following_the_deltas_ends_where_the_snapshot_is(
     for action, number, keepalive in history:
         if action == "follow":
             async with database.connect() as connection:
-                changes = await desired_service.changes(connection, scope, base)
+                changes = await desired_service.changes(connection, database.secrets, scope, base)
             assert changes is not None
             known, base = follow(known, changes), changes.revision
             continue
@@ -104,9 +111,72 @@ async def test_following_the_deltas_ends_where_the_snapshot_is(
             else:
                 await desired_service.purge(tx, scope, base)
     async with database.connect() as connection:
-        changes = await desired_service.changes(connection, scope, base)
-        state = await desired_service.state(connection, scope)
+        changes = await desired_service.changes(connection, database.secrets, scope, base)
+        state = await desired_service.state(connection, database.secrets, scope)
     assert changes is not None
     assert follow(known, changes) == {resource.key: resource.payload for resource in state.resources}
     payloads = [desired.decode(one.kind, one.key, one.payload) for one in state.resources]
     assert state.digest == desired.digest(payloads)
+
+
+async def stored(database: Database) -> dict[str, DesiredRow]:
+    async with database.read() as session:
+        return {row.key: row for row in await session.scalars(sa.select(DesiredRow))}
+
+
+async def test_what_rests_is_sealed_for_its_row(database: Database) -> None:
+    known, other = msgspec.structs.replace(peer(1), preshared_key=os.urandom(32)), peer(2)
+    async with database.transaction() as tx:
+        await desired_service.put(tx, SCOPE, [known, other])
+    (told,) = tx.committed().notes
+    assert isinstance(told, desired_service.Changes)
+    assert [item.payload for item in told.upserts] == [desired.encode(known), desired.encode(other)]
+    row = (await stored(database))[known.key]
+    assert known.preshared_key is not None
+    assert known.preshared_key not in row.payload
+    assert known.allowed_ips[0].encode() not in row.payload
+    async with database.transaction() as tx:  # one row's payload in another's place
+        await tx.session.execute(sa.update(DesiredRow).where(DesiredRow.key == other.key).values(payload=row.payload))
+    async with database.connect() as connection:
+        with pytest.raises(SecretUnreadable):
+            await desired_service.state(connection, database.secrets, SCOPE)
+
+
+async def test_what_is_unchanged_is_not_written_again_also_after_a_rotation(
+    database: Database, secret_key: bytes
+) -> None:
+    async with database.transaction() as tx:
+        await desired_service.put(tx, SCOPE, [peer(1), peer(2)])
+    before = await stored(database)
+    database.secrets = SecretBox({"k2": os.urandom(32), "k1": secret_key}, "k2")
+    async with database.transaction() as tx:
+        assert await desired_service.put(tx, SCOPE, [peer(1), peer(2, keepalive=25)]) == 2
+    after = await stored(database)
+    assert after[peer(1).key].payload == before[peer(1).key].payload
+    assert (before[peer(2).key].payload[:3], after[peer(2).key].payload[:3]) == (b"\x02k1", b"\x02k2")
+    async with database.connect() as connection:
+        state = await desired_service.state(connection, database.secrets, SCOPE)
+    assert state.digest == desired.digest([peer(1), peer(2, keepalive=25)])
+    assert {item.payload for item in state.resources} == {desired.encode(peer(1)), desired.encode(peer(2, 25))}
+
+
+async def test_without_the_key_nothing_is_read_changed_or_taken_for_empty(database: Database) -> None:
+    async with database.transaction() as tx:
+        await desired_service.put(tx, SCOPE, [peer(1)])
+    before = (await stored(database))[peer(1).key].payload
+    for key_id in ("k1", "k2"):  # another key of the same name, and none of that name
+        database.secrets = SecretBox({key_id: os.urandom(32)}, key_id)
+        async with database.connect() as connection:
+            with pytest.raises(SecretUnreadable, match="'k1'"):
+                await desired_service.state(connection, database.secrets, SCOPE)
+            with pytest.raises(SecretUnreadable):
+                await desired_service.changes(connection, database.secrets, SCOPE, 0)
+        with pytest.raises(SecretUnreadable):
+            async with database.transaction() as tx:
+                await desired_service.put(tx, SCOPE, [peer(1), peer(2)])
+        with pytest.raises(SecretUnreadable):
+            async with database.transaction() as tx:
+                await desired_service.remove(tx, SCOPE, Kind.WIREGUARD_PEER, [peer(1).key])
+    rows = await stored(database)
+    assert set(rows) == {peer(1).key}
+    assert (rows[peer(1).key].payload, rows[peer(1).key].deleted) == (before, False)

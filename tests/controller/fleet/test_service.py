@@ -21,7 +21,7 @@ SPEC = NodeSpec(name="fra1", country="DE", city="Frankfurt", endpoint=None, plan
 
 async def interfaces(database: Database, node_id: str) -> list[desired.Payload]:
     async with database.connect() as connection:
-        state = await desired_service.state(connection, desired_service.node_scope(node_id))
+        state = await desired_service.state(connection, database.secrets, desired_service.node_scope(node_id))
     return [desired.decode(one.kind, one.key, one.payload) for one in state.resources]
 
 

@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from controller.secretbox import SecretBox
 from controller.store.database import Committed, Database, StoreUnavailable, Topic, open_database
 from controller.store.tables import FactRow, TopicRow
 from controller.store.types import new_id, now
@@ -70,7 +71,7 @@ async def test_what_another_process_commits_is_noticed(database: Database) -> No
         tx.touch(Topic.ACCOUNTS)
     watcher = asyncio.create_task(Watcher(database).run())
     database.listen(told.put_nowait)
-    other = open_database(str(database.engine.url))
+    other = open_database(str(database.engine.url), database.secrets)
     try:
         for _ in range(100):  # the watcher's first look only learns where the topics stand
             async with other.transaction() as tx:
@@ -86,8 +87,8 @@ async def test_what_another_process_commits_is_noticed(database: Database) -> No
         await other.close()
 
 
-async def test_a_database_that_cannot_be_written_is_unavailable(tmp_path: Path) -> None:
-    missing = open_database(f"sqlite+aiosqlite:///{tmp_path / 'nowhere' / 'controller.db'}")
+async def test_a_database_that_cannot_be_written_is_unavailable(tmp_path: Path, secrets: SecretBox) -> None:
+    missing = open_database(f"sqlite+aiosqlite:///{tmp_path / 'nowhere' / 'controller.db'}", secrets)
     with pytest.raises(StoreUnavailable):
         async with missing.transaction() as tx:
             tx.touch(Topic.NODES)
@@ -99,7 +100,8 @@ async def test_a_database_that_cannot_be_written_is_unavailable(tmp_path: Path) 
 
 
 async def test_a_database_that_is_overrun_is_unavailable(database: Database) -> None:
-    crowded = Database(create_async_engine(database.engine.url, pool_size=1, max_overflow=0, pool_timeout=0.05))
+    engine = create_async_engine(database.engine.url, pool_size=1, max_overflow=0, pool_timeout=0.05)
+    crowded = Database(engine, database.secrets)
     async with crowded.connect():
         with pytest.raises(StoreUnavailable):
             async with crowded.connect():
@@ -111,7 +113,7 @@ async def test_a_full_disk_acknowledges_nothing(database: Database) -> None:
     """SQLite's own page limit stands for the disk's end; the error is the same SQLITE_FULL."""
     async with database.engine.connect() as connection:
         pages = (await connection.exec_driver_sql("PRAGMA page_count")).scalar_one()
-    limited = open_database(str(database.engine.url))
+    limited = open_database(str(database.engine.url), database.secrets)
 
     def limit(connection: object, _record: object) -> None:
         assert hasattr(connection, "execute")

@@ -10,14 +10,15 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
+from controller.secretbox import SecretBox
 from controller.store.database import Database, open_database
 from controller.store.migrate import SchemaFromElsewhere, alembic_config, migrate
 from controller.store.schema import metadata
 
 
 @pytest.fixture
-async def empty(tmp_path: Path) -> AsyncIterator[Database]:
-    database = open_database(f"sqlite+aiosqlite:///{tmp_path / 'empty.db'}")
+async def empty(tmp_path: Path, secrets: SecretBox) -> AsyncIterator[Database]:
+    database = open_database(f"sqlite+aiosqlite:///{tmp_path / 'empty.db'}", secrets)
     yield database
     await database.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -20,7 +19,6 @@ from controller.fleet.directory import Directory
 from controller.fleet.metrics import FleetMetrics
 from controller.fleet.nodes import NodeStatus
 from controller.fleet.tables import NodeRow
-from controller.secretbox import SecretBox
 from controller.store.database import Database, Transaction
 from controller.store.types import new_id, now
 from controller.tunnels.addresses import Pool
@@ -55,7 +53,6 @@ class World:
     directory: Directory
     live: LiveStates
     registry: CollectorRegistry
-    secrets: SecretBox
     nodes: list[str]
     alice: Principal
     bob: Principal
@@ -68,7 +65,6 @@ class World:
         return Tunnels(
             self.database,
             self.directory,
-            self.secrets,
             live or self.live,
             replace(SETTINGS, **changes),
             max_connections=lambda plan: self.limits[plan],
@@ -115,7 +111,7 @@ class World:
     async def peers(self, node: int = 0) -> dict[str, Peer]:
         """What the node has to run."""
         async with self.database.connect() as connection:
-            state = await desired.state(connection, desired.node_scope(self.nodes[node]))
+            state = await desired.state(connection, self.database.secrets, desired.node_scope(self.nodes[node]))
         found = [resources.decode(item.kind, item.key, item.payload) for item in state.resources]
         return {peer.key: peer for peer in found if isinstance(peer, Peer)}
 
@@ -168,5 +164,4 @@ async def world(database: Database) -> AsyncIterator[World]:
     for node_id in nodes:
         directory.set_online(node_id, True)
     live = LiveStates(database, Metrics(registry), max_bytes_per_second=1_000_000_000, interval=0.02)
-    secrets = SecretBox({"k1": os.urandom(32)}, "k1")
-    yield World(database, directory, live, registry, secrets, nodes, people[0], people[1])
+    yield World(database, directory, live, registry, nodes, people[0], people[1])

@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
+
+from controller.desired.tables import DesiredRow
+from controller.tunnels.tables import ConnectionRow
+
 
 def held(directory: Path, secret: bytes) -> list[str]:
     """The files that the secret can be read from."""
@@ -17,11 +22,16 @@ async def test_nothing_of_an_ended_connection_is_left_in_the_file(world: Any, tm
     config = await tunnels.client_config(world.alice, made.id)
     assert config.private_key is not None and config.preshared_key is not None
     await checkpoint(world)
-    assert held(tmp_path, config.private_key.raw) == []  # sealed from the start
-    assert held(tmp_path, config.preshared_key.raw) == ["controller.db"]  # the node has to be told it
+    for secret in (config.private_key, config.preshared_key):
+        assert held(tmp_path, secret.raw) == []  # sealed from the start
+    async with world.database.read() as session:
+        kept = await session.get_one(ConnectionRow, made.id)
+        payloads = (await session.scalars(sa.select(DesiredRow.payload))).all()
+    assert held(tmp_path, kept.sealed_preshared_key) == ["controller.db"]
     await tunnels.terminate(world.alice, made.id)
     await checkpoint(world)
-    assert held(tmp_path, config.preshared_key.raw) == []
+    for sealed in (kept.sealed_private_key, kept.sealed_preshared_key, *payloads):
+        assert held(tmp_path, sealed) == []
     assert held(tmp_path, made.id.encode()) == ["controller.db"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from controller.accounts.tables import UserRow
 from controller.fleet.tables import NodeRow
+from controller.secretbox import SecretBox
 from controller.store.database import Database, open_database
 from controller.store.schema import metadata
 from controller.tunnels.live import LiveStates
@@ -92,7 +94,8 @@ async def prepare(database: Database) -> None:
 
 
 async def scenario(path: Path, steps: list[tuple[str, int]]) -> None:
-    database = open_database(f"sqlite+aiosqlite:///{path}")
+    secrets = SecretBox({"k1": os.urandom(32)}, "k1")
+    database = open_database(f"sqlite+aiosqlite:///{path}", secrets)
     await prepare(database)
     node = Node(new_live(database))
     await node.live.load()
