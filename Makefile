@@ -53,13 +53,15 @@ bench: install ## measures against the named peers; JSON in bench/results
 	@$(SYSTEM) $(BENCH_PACKAGES)
 	@$(PYTHON) -m bench
 
+LOCK := $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url \
+    --no-emit-find-links --python-version 3.11
+
 lock: $(VENV)/.installed ## make the requirement files anew from pyproject.toml
 	@$(VENV)/bin/pip install --quiet uv
-	@for extras in "controller" "agent" "controller agent dev"; do \
-	    $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url \
-	        --no-emit-find-links --python-version 3.11 $$(printf -- '--extra %s ' $$extras) pyproject.toml \
-	        -o requirements/$$(echo $$extras | awk '{print $$NF}').txt; \
-	done
+	@$(LOCK) --extra controller pyproject.toml -o requirements/controller.txt
+	@$(LOCK) --extra agent pyproject.toml -o requirements/agent.txt
+	@$(LOCK) --extra controller --extra agent --extra dev pyproject.toml -o requirements/dev.txt
+	@$(LOCK) bench/peers/requirements.in -o requirements/bench.txt
 
 clean: ## forget everything that the targets made here
 	@rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
