@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,9 @@ T = TypeVar("T")
 _APPLICATION_ID = 0x534B594E
 _VERSION = 1
 _SEQUENCE_BLOCK = 10_000
+_AT_ONCE = 16  # resources that are written on the event loop: 0.1 ms, less than a thread takes to wake up
+_LOG = 256  # resources in SQLite's log before it is written back to the file, which waits for the disk
+_BUSY_MS = 5000  # of another process that has the file open
 _SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
 CREATE TABLE scopes (scope TEXT PRIMARY KEY, epoch TEXT NOT NULL, revision INTEGER NOT NULL) WITHOUT ROWID;
@@ -62,13 +66,15 @@ class Stored:
 
 
 class State:
-    """One file, one thread, one writer."""
+    """One file, one connection, one writer: the thread, or the event loop while the thread has nothing to do."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "state.db"
         self.backup_path = directory / "state.backup.db"
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="state")
         self._connection: sqlite3.Connection | None = None
+        self._in_use = threading.Lock()  # guards the connection
+        self._logged = 0
         self._changed = False
         self._sequence = self._reserved = 0
 
@@ -80,7 +86,8 @@ class State:
         self, scope: str, revision: int, upserts: Sequence[Resource], removals: Sequence[ResourceName]
     ) -> None:
         """Store a delta of a scope that is stored already."""
-        await self._run(self._change, scope, revision, upserts, removals)
+        if not self._change_at_once(scope, revision, upserts, removals):
+            await self._run(self._change, scope, revision, upserts, removals)
 
     async def replace(self, scope: str, epoch: str, revision: int, resources: Sequence[Resource]) -> None:
         """Store a whole scope in place of what is there, all or nothing."""
@@ -109,9 +116,30 @@ class State:
 
     async def _run(self, function: Callable[..., T], *arguments: object) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._executor, self._alone, function, *arguments)
         except (sqlite3.Error, OSError, AgentError) as error:
             raise StateError(f"{self.path}: {error}") from error
+
+    def _alone(self, function: Callable[..., T], *arguments: object) -> T:
+        with self._in_use:
+            return function(*arguments)
+
+    def _change_at_once(
+        self, scope: str, revision: int, upserts: Sequence[Resource], removals: Sequence[ResourceName]
+    ) -> bool:
+        """Store a small change without the thread; False where that could wait for anything, or failed."""
+        count = len(upserts) + len(removals)
+        if count > _AT_ONCE or self._logged + count > _LOG or not self._in_use.acquire(blocking=False):
+            return False
+        try:
+            if self._connection is None:
+                return False
+            self._change(scope, revision, upserts, removals, wait=False)
+        except sqlite3.Error:
+            return False  # nothing of it is stored; the thread tries again, and waits or tells why not
+        finally:
+            self._in_use.release()
+        return True
 
     def _open(self) -> Stored:
         trusted = True
@@ -150,8 +178,16 @@ class State:
         connection.executescript(_SCHEMA)
         return connection, Stored()
 
-    def _change(self, scope: str, revision: int, upserts: Sequence[Resource], removals: Sequence[ResourceName]) -> None:
-        with self._transaction() as connection:
+    def _change(
+        self,
+        scope: str,
+        revision: int,
+        upserts: Sequence[Resource],
+        removals: Sequence[ResourceName],
+        *,
+        wait: bool = True,
+    ) -> None:
+        with self._transaction(len(upserts) + len(removals), wait=wait) as connection:
             connection.executemany(
                 "DELETE FROM resources WHERE scope = ? AND kind = ? AND key = ?",
                 [(scope, name.kind, name.key) for name in removals],
@@ -160,7 +196,7 @@ class State:
             connection.execute("UPDATE scopes SET revision = ? WHERE scope = ?", (revision, scope))
 
     def _replace(self, scope: str, epoch: str, revision: int, resources: Sequence[Resource]) -> None:
-        with self._transaction() as connection:
+        with self._transaction(len(resources)) as connection:
             connection.execute("DELETE FROM resources WHERE scope = ?", (scope,))
             _insert(connection, scope, resources)
             connection.execute("INSERT OR REPLACE INTO scopes VALUES (?, ?, ?)", (scope, epoch, revision))
@@ -199,8 +235,14 @@ class State:
             self._connection = None
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, resources: int = 1, *, wait: bool = True) -> Iterator[sqlite3.Connection]:
+        """Without `wait` it waits for no other process, and not for the disk."""
         connection = self._database()
+        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS if wait else 0}")
+        if wait and self._logged + resources > _LOG:
+            # Before the transaction: the first one after it waits for the disk too.
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._logged = 0
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield connection
@@ -210,6 +252,7 @@ class State:
                 connection.execute("ROLLBACK")
             raise
         self._changed = True
+        self._logged += resources
 
     def _database(self) -> sqlite3.Connection:
         if self._connection is None:  # it could not be opened at the start; perhaps the disk is well again
@@ -221,9 +264,13 @@ class State:
 def _connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     if create:
         path.touch(mode=0o600)
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_MS / 1000)
     # NORMAL: a power cut may lose the last commits, never the file; the controller then sends them again.
-    connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -1000;")
+    # The log is written back by the thread, when it is due, and not by whoever commits.
+    connection.executescript(
+        "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;"
+        "PRAGMA wal_autocheckpoint = 0; PRAGMA cache_size = -1000;"
+    )
     return connection
 
 
