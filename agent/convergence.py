@@ -72,15 +72,18 @@ class Convergence:
         except DriverError as error:
             self._down = f"interface {spec.name}: {error}"
         self._count(failed, unprotected)
-        self._log_actions(actions)
+        log_actions(actions)
         return actions
 
-    async def apply(self, change: Change, *, reason: str) -> None:
-        """Do a small change on a host that is as desired otherwise; the cost is that of the change."""
+    async def apply(self, change: Change) -> list[Action]:
+        """Do a small change on a host that is as desired otherwise; the cost is that of the change.
+
+        Return what was done and not yet logged.
+        """
         self._proven = None
         spec = self.desired.interface
         if spec is None or self._down is not None:
-            return  # the change is desired now, and waits with all the others for the interface
+            return []  # the change is desired now, and waits with all the others for the interface
         retry = [key for key, (name, old) in change.withdrawn.items() if self._fault(name, old) is not None]
         actions = steps(change, retry)
         try:
@@ -88,9 +91,9 @@ class Convergence:
         except DriverError as error:
             log.warning("interface_lost", interface=spec.name, error=str(error))
             await self.converge()
-            return
-        self._log_actions(actions, reason)
+            return []
         self._account(change, failed)
+        return actions
 
     async def untouched(self) -> bool:
         """Whether the host is exactly as desired; it costs one reading and no message."""
@@ -231,10 +234,10 @@ class Convergence:
     def _fault(self, name: str, peer: Peer) -> str | None:
         return self._faults.get(name, {}).get((Kind.WIREGUARD_PEER, peer.key))
 
-    @staticmethod
-    def _log_actions(actions: Sequence[Action], reason: str = "") -> None:
-        if len(actions) <= 5:
-            for action in actions:
-                log.info("applied", action=str(action), reason=reason)
-        else:
-            log.info("applied", actions=len(actions), first=str(actions[0]), reason=reason)
+
+def log_actions(actions: Sequence[Action], reason: str = "") -> None:
+    if len(actions) <= 5:
+        for action in actions:
+            log.info("applied", action=str(action), reason=reason)
+    else:
+        log.info("applied", actions=len(actions), first=str(actions[0]), reason=reason)

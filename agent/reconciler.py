@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from agent.convergence import Convergence
+from agent.convergence import Convergence, log_actions
 from agent.counters import Counters
 from agent.desired import IMPORTED, Change, Desired, scope_of
 from agent.host import Host
@@ -272,12 +272,13 @@ class Reconciler:
 
     async def _change(self, change: Change, *, reason: str, scope: str = "") -> None:
         """Do a change and answer for every scope that it touched."""
-        await self._convergence.apply(change, reason=reason)
+        actions = await self._convergence.apply(change)
         if change.admitted:
             self.last_added = time.monotonic()
         touched = {name for name, _ in (*change.withdrawn.values(), *change.admitted.values())}
         for name in touched | ({scope} if scope else set()):
             self._answer(name)
+        asyncio.get_running_loop().call_soon(log_actions, actions, reason)  # once the answer has gone out
 
     async def _snapshot(self, frame: Snapshot) -> None:
         if frame.scope == IMPORTED or frame.epoch != self._session.epoch:
@@ -323,7 +324,8 @@ class Reconciler:
         """
         if keys:
             names = [(Kind.WIREGUARD_PEER, key) for key in keys]
-            await self._convergence.apply(self._desired.change(name, [], names, self._clock()), reason="not_stored")
+            change = self._desired.change(name, [], names, self._clock())
+            log_actions(await self._convergence.apply(change), reason="not_stored")
 
     # --- the re-check ---
 
