@@ -18,7 +18,7 @@ from controller import log
 from controller.accounts.principal import Plan, Role
 from controller.config import Config, LogLevel, read_config
 from controller.errors import DomainError, Unusable
-from controller.fleet.nodes import NodeSpec, NodeStatus
+from controller.fleet.nodes import INTERFACE, NodeSpec, NodeStatus
 from shared import __version__
 from shared.settings import SettingsError
 
@@ -87,6 +87,8 @@ async def _node_token(arguments: argparse.Namespace) -> None:
         city=arguments.city,
         endpoint=arguments.endpoint,
         plan=Plan(arguments.plan),
+        interface=arguments.interface,
+        port=arguments.port,
     )
     async with _services(arguments) as services:
         print(await services.fleet.issue_join_token(spec, timedelta(minutes=arguments.minutes)))
@@ -156,6 +158,10 @@ def _parser() -> argparse.ArgumentParser:
     token.add_argument("--city", required=True)
     token.add_argument("--endpoint", help="host that clients dial (default: the address that the node connects from)")
     token.add_argument("--plan", choices=[plan.value for plan in Plan], default=Plan.FREE.value, help="lowest plan")
+    token.add_argument(
+        "--interface", metavar="NAME", help=f"of WireGuard on the host (default: as it is, or {INTERFACE})"
+    )
+    token.add_argument("--port", type=int, help="UDP port of WireGuard (default: as it is, or tunnel.port)")
     token.add_argument("--minutes", type=int, default=10, help="for how long the token is valid (default 10)")
     _add(node, "list", _node_list, "list the nodes and what they say")
     status = _add(node, "status", _node_status, "take a node in or out of service")

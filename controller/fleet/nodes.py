@@ -9,7 +9,9 @@ from ipaddress import ip_address
 
 from controller.accounts.principal import Plan
 from controller.errors import InvalidInput
+from shared.desired import INTERFACE_NAME
 
+INTERFACE = "sky0"  # of nodes that are given no other
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,61}[A-Za-z0-9])?")
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 _MAX_CITY = 64
@@ -48,6 +50,8 @@ class NodeSpec:
     city: str
     endpoint: str | None = None  # host that clients dial; None = the address that the node connects from
     plan: Plan = Plan.FREE
+    interface: str | None = None  # None = as it is, for a new node INTERFACE
+    port: int | None = None  # None = as it is, for a new node that of the settings
 
     def check(self) -> None:
         """Raise InvalidInput with every field that cannot be used."""
@@ -60,6 +64,10 @@ class NodeSpec:
             problems["city"] = f"use 1 to {_MAX_CITY} printable characters"
         if self.endpoint is not None and not is_host(self.endpoint):
             problems["endpoint"] = "use a host name or an IP address, without a port"
+        if self.interface is not None and not INTERFACE_NAME.fullmatch(self.interface):
+            problems["interface"] = "use 1 to 15 of A-Z a-z 0-9 _ -"
+        if self.port is not None and not 1 <= self.port <= 65535:
+            problems["port"] = "use 1 to 65535"
         if problems:
             raise InvalidInput(problems)
 

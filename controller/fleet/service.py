@@ -13,12 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from controller.desired import service as desired
 from controller.fleet.errors import NodeNotFound, NothingToConfirm
-from controller.fleet.nodes import NodeSpec, NodeStatus
+from controller.fleet.nodes import INTERFACE, NodeSpec, NodeStatus
 from controller.fleet.tables import AppliedRow, JoinTokenRow, NodeRow
 from controller.store.database import Database, Topic, Transaction
 from controller.store.types import new_id, now
 from shared.addresses import Network
-from shared.desired import Interface
+from shared.desired import Interface, Kind
 from shared.jointoken import JoinToken
 
 log = structlog.get_logger()
@@ -29,7 +29,6 @@ class FleetSettings:
     channel_address: str  # host:port that nodes dial; goes into join tokens
     ipv4_pool: Network
     ipv6_pool: Network | None = None
-    interface: str = "sky0"
     wireguard_port: int = 51820
     mtu: int = 1420
     join_token_lifetime: timedelta = timedelta(minutes=10)
@@ -68,8 +67,9 @@ class Fleet:
         async with self._database.transaction() as tx:
             row = await tx.session.scalar(sa.select(NodeRow).where(NodeRow.name == spec.name))
             if row is None:
-                row = await self._create(tx, spec)
+                row = self._create(tx, spec)
             row.country, row.city, row.endpoint, row.plan = spec.country, spec.city, spec.endpoint, spec.plan
+            await self._set_interface(tx, row, spec)
             tx.touch(Topic.NODES)
             return await self._issue(tx, row, lifetime)
 
@@ -117,8 +117,7 @@ class Fleet:
             tx.touch(Topic.NODES)
         log.warning("fleet.snapshot_confirmed", node=name)
 
-    async def _create(self, tx: Transaction, spec: NodeSpec) -> NodeRow:
-        settings = self._settings
+    def _create(self, tx: Transaction, spec: NodeSpec) -> NodeRow:
         row = NodeRow(
             id=new_id(),
             name=spec.name,
@@ -127,18 +126,25 @@ class Fleet:
             plan=spec.plan,
             status=NodeStatus.ENABLED,
             created_at=now(),
-            wireguard_port=settings.wireguard_port,
+            interface=INTERFACE,
+            wireguard_port=self._settings.wireguard_port,
             former_boot_ids="",
         )
         tx.session.add(row)
-        await desired.put(tx, desired.node_scope(row.id), [self._interface(row)])
         log.info("fleet.node_created", node=spec.name, node_id=row.id)
         return row
+
+    async def _set_interface(self, tx: Transaction, row: NodeRow, spec: NodeSpec) -> None:
+        scope, former = desired.node_scope(row.id), row.interface
+        row.interface, row.wireguard_port = spec.interface or former, spec.port or row.wireguard_port
+        if row.interface != former:
+            await desired.remove(tx, scope, Kind.WIREGUARD_INTERFACE, [former])
+        await desired.put(tx, scope, [self._interface(row)])
 
     def _interface(self, row: NodeRow) -> Interface:
         pools = [pool for pool in (self._settings.ipv4_pool, self._settings.ipv6_pool) if pool is not None]
         return Interface(
-            name=self._settings.interface,
+            name=row.interface,
             listen_port=row.wireguard_port,
             addresses=tuple(f"{pool[1]}/{pool.prefixlen}" for pool in pools),
             mtu=self._settings.mtu,

@@ -7,6 +7,7 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
+from controller.fleet.nodes import INTERFACE
 from controller.store.types import Table
 
 
@@ -25,6 +26,7 @@ class NodeRow(Table):
     created_at: Mapped[datetime]
     enrolled_at: Mapped[datetime | None]
     wireguard_public_key: Mapped[bytes | None] = mapped_column(unique=True)
+    interface: Mapped[str] = mapped_column(default=INTERFACE)
     wireguard_port: Mapped[int]
     address: Mapped[str | None]  # that it last connected from
     last_seen_at: Mapped[datetime | None]

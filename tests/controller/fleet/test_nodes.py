@@ -81,10 +81,19 @@ def test_a_country_is_a_known_code(text: str) -> None:
     assert len(COUNTRIES) == 249
 
 
+@pytest.mark.parametrize("text", [*HOSTILE, "a.b", "wg+0", "sixteen-letters-"])
+def test_an_interface_is_a_name_that_a_host_takes(text: str) -> None:
+    replace(GOOD, interface="wg0", port=1).check()
+    with pytest.raises(InvalidInput):
+        replace(GOOD, interface=text).check()
+
+
 def test_every_problem_is_named() -> None:
     with pytest.raises(InvalidInput) as refused:
-        NodeSpec(name="", country="", city="", endpoint="").check()
-    assert set(refused.value.problems) == {"name", "country", "city", "endpoint"}
+        NodeSpec(name="", country="", city="", endpoint="", interface="", port=65536).check()
+    assert set(refused.value.problems) == {"name", "country", "city", "endpoint", "interface", "port"}
+    with pytest.raises(InvalidInput):
+        replace(GOOD, port=0).check()
 
 
 @given(st.text())

@@ -42,6 +42,29 @@ async def test_a_new_node_gets_its_interface_and_a_token_that_names_the_channel(
     ]
 
 
+async def test_the_interface_of_a_node_is_given_and_stays_when_it_is_not_named(
+    fleet: Fleet, database: Database
+) -> None:
+    adopted = Interface(name="wg0", listen_port=51900, addresses=("10.66.0.1/16", "fd66::1/112"), mtu=1420)
+    await fleet.issue_join_token(replace(SPEC, interface="wg0", port=51900))
+    (node,) = await fleet.nodes()
+    assert await interfaces(database, node.id) == [adopted]
+    await fleet.issue_join_token(SPEC)
+    await fleet.apply_settings()
+    assert await interfaces(database, node.id) == [adopted]
+
+
+async def test_another_interface_takes_the_place_of_the_former_one(fleet: Fleet, database: Database) -> None:
+    await fleet.issue_join_token(SPEC)
+    (node,) = await fleet.nodes()
+    await fleet.issue_join_token(replace(SPEC, interface="wg0"))
+    assert [payload.key for payload in await interfaces(database, node.id)] == ["wg0"]
+    await fleet.issue_join_token(replace(SPEC, port=51900))
+    (interface,) = await interfaces(database, node.id)
+    assert isinstance(interface, Interface)
+    assert (interface.name, interface.listen_port) == ("wg0", 51900)
+
+
 async def test_settings_of_today_reach_the_nodes_and_the_same_ones_send_nothing(
     fleet: Fleet, database: Database
 ) -> None:

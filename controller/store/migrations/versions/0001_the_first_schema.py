@@ -41,6 +41,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("enrolled_at", sa.BigInteger(), nullable=True),
         sa.Column("wireguard_public_key", sa.LargeBinary(), nullable=True),
+        sa.Column("interface", sa.String(length=255), nullable=False),
         sa.Column("wireguard_port", sa.BigInteger(), nullable=False),
         sa.Column("address", sa.String(length=255), nullable=True),
         sa.Column("last_seen_at", sa.BigInteger(), nullable=True),
