@@ -11,6 +11,7 @@ import structlog
 from aiohttp import WSMsgType, web
 
 from controller.channel.metrics import ChannelMetrics
+from controller.channel.pace import NodeTooFast
 from controller.channel.pushes import Push
 from controller.channel.session import ProtocolViolation, Session, Wanted
 from controller.errors import DomainError
@@ -88,6 +89,9 @@ class Connection:
         except (ProtocolViolation, MalformedFrame) as error:
             self._metrics.violations.labels(self.node.name).inc()
             log.warning("channel.violation", node=self.node.name, reason=str(error))
+            self.end(Bye(reason=str(error)))
+        except NodeTooFast as error:
+            self._metrics.violations.labels(self.node.name).inc()
             self.end(Bye(reason=str(error)))
         except StoreUnavailable as error:
             self.end(Bye(reason=str(error)))

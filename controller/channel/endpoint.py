@@ -14,6 +14,7 @@ from cryptography import x509
 
 from controller.channel.connection import FAREWELL
 from controller.channel.hub import Hub
+from controller.channel.pace import Act
 from controller.errors import DomainError, ErrorKind
 from controller.fleet import certificates
 from controller.fleet.ca import Authority
@@ -90,6 +91,7 @@ class Endpoint:
         identity = _identity(request)
         if identity is None:
             raise CertificateMissing
+        self._hub.pace.check(identity.node_id, Act.CONNECT)  # admission is a transaction
         node = await self._identities.admit(identity)
         socket = web.WebSocketResponse(
             heartbeat=_HEARTBEAT, timeout=FAREWELL, compress=False, max_msg_size=MAX_FRAME_BYTES

@@ -15,6 +15,7 @@ from aiohttp import web
 from controller.channel.connection import Connection
 from controller.channel.intake import Intake, OnReport
 from controller.channel.metrics import ChannelMetrics
+from controller.channel.pace import Pace
 from controller.channel.pushes import Push, Pushes
 from controller.channel.session import Session, Wanted
 from controller.desired import service as desired
@@ -78,6 +79,7 @@ class Hub:
         self._scopes_of = scopes_of
         self._intervals = intervals or Intervals()
         self._pushes = Pushes(database, epoch)
+        self.pace = Pace()
         self._live: dict[str, _Live] = {}
         self._listeners: dict[str, dict[str, Connection]] = {}  # scope -> node id -> connection
         self._waiters: dict[tuple[str, str], list[Waiter]] = {}
@@ -137,6 +139,7 @@ class Hub:
         intake = Intake(
             connection,
             address,
+            pace=self.pace,
             identities=self._identities,
             progress=self._progress,
             directory=self._directory,

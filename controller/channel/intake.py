@@ -10,6 +10,7 @@ import structlog
 
 from controller.channel.connection import Connection
 from controller.channel.metrics import ChannelMetrics
+from controller.channel.pace import Act, Pace
 from controller.fleet.directory import Directory
 from controller.fleet.identities import Identities
 from controller.fleet.progress import Progress
@@ -28,6 +29,7 @@ class Intake:
         connection: Connection,
         address: str,
         *,
+        pace: Pace,
         identities: Identities,
         progress: Progress,
         directory: Directory,
@@ -40,6 +42,7 @@ class Intake:
         self._node = connection.node
         self._session = connection.session
         self._address = address
+        self._pace = pace
         self._identities = identities
         self._progress = progress
         self._directory = directory
@@ -66,6 +69,7 @@ class Intake:
             case Report():
                 self._report(frame)
             case Renew():
+                self._pace.check(self._node.node_id, Act.RENEWAL)
                 self._connection.send(await self._identities.renew(self._node, frame.csr))
             case _:
                 assert_never(frame)
@@ -94,6 +98,7 @@ class Intake:
         self._release(frame.scope, frame.revision)
 
     async def _refused(self, frame: Refused) -> None:
+        self._pace.check(self._node.node_id, Act.REFUSAL)
         self._metrics.refused.labels(self._node.name).inc()
         log.error(
             "channel.snapshot_refused",

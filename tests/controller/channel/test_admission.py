@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from controller.channel.pace import RENEWALS_PER_MINUTE
 from controller.desired.service import node_scope
 from controller.fleet.directory import ServerStatus
 from controller.fleet.nodes import NodeStatus
@@ -157,7 +158,7 @@ async def test_a_host_that_falls_back_just_after_its_promotion_is_not_taken_for_
 
 async def test_renewals_whose_answers_are_lost_strand_nobody(port: NodePort) -> None:
     agent = await port.enrolled()
-    for _ in range(20):
+    for _ in range(RENEWALS_PER_MINUTE - 1):
         await agent.connect()
         await renew(agent)
     await agent.connect()
