@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Info
+from prometheus_client import CollectorRegistry, Info, disable_created_metrics
 
 from controller.accounts.passwords import Passwords
 from controller.accounts.service import Accounts, hold_account
@@ -117,7 +117,11 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
     database = services.database
     fleet_metrics = FleetMetrics(registry)
     directory = Directory(database, fleet_metrics)
-    live = LiveStates(database, TunnelMetrics(registry), max_bytes_per_second=config.tunnel.max_bytes_per_second)
+    live = LiveStates(
+        database,
+        TunnelMetrics(registry, directory.name),
+        max_bytes_per_second=config.tunnel.max_bytes_per_second,
+    )
     identities = Identities(database, services.authority, services.fleet_settings, fleet_metrics)
     hub = Hub(
         database,
@@ -165,6 +169,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
 
 async def serve(config: Config) -> None:
     """Run the controller until SIGTERM or SIGINT."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of no use here
     registry = CollectorRegistry()
     Info("skynetvpn_controller", "The running version", registry=registry).info({"version": __version__})
     stop = asyncio.Event()

@@ -83,6 +83,11 @@ class Directory:
             raise ServerNotFound
         return entry.server
 
+    def name(self, node_id: str) -> str:
+        """The node's name, or its id where it is not known (any more)."""
+        entry = self._entries.get(node_id)
+        return entry.server.name if entry is not None else node_id
+
     def set_online(self, node_id: str, online: bool) -> None:
         (self._online.add if online else self._online.discard)(node_id)
         if not online:

@@ -12,10 +12,11 @@ from controller.tunnels.status import Status
 
 
 class Metrics:
-    """Labels are bounded: three states, two directions, and the nodes of the fleet."""
+    """Labels are bounded: three states, two directions, and the nodes of the fleet by `node_name` of their ids."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, node_name: Callable[[str], str] = str) -> None:
         self._registry = registry
+        self._node_name = node_name
         self._traffic = Counter(
             "skynetvpn_traffic_bytes",
             "Bytes of all clients since the controller started; rx is from the clients.",
@@ -29,10 +30,11 @@ class Metrics:
         )
 
     def count_traffic(self, node_id: str, rx: int, tx: int) -> None:
+        node = self._node_name(node_id)
         if rx:
-            self._traffic.labels("rx", node_id).inc(rx)
+            self._traffic.labels("rx", node).inc(rx)
         if tx:
-            self._traffic.labels("tx", node_id).inc(tx)
+            self._traffic.labels("tx", node).inc(tx)
 
     def count_quarantine(self) -> None:
         self._quarantines.inc()

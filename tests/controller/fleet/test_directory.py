@@ -63,6 +63,7 @@ async def test_a_node_is_listed_once_it_is_enrolled(database: Database, director
     assert (server.host, server.wireguard_port, server.protocols) == ("203.0.113.9", 51820, ("wireguard",))
     assert (server.status, server.load) == (ServerStatus.OFFLINE, 0)
     assert directory.server(Plan.FREE, node_id) is server
+    assert (directory.name(node_id), directory.name("gone")) == ("us-1", "gone")
 
 
 async def test_the_endpoint_that_was_set_comes_before_the_address(
