@@ -59,6 +59,7 @@ class HttpSettings:
     trusted_proxies: tuple[Network, ...] = ()
     cors_origins: frozenset[str] = frozenset()
     max_body: int = 1024 * 1024  # bytes
+    max_body_unauthenticated: int = 64 * 1024  # of a caller whom no token has named
     body_seconds: float = 10.0  # that a body may take to arrive
 
 
@@ -226,7 +227,10 @@ class Api:
         return self._authenticator.known(token) or await self._authenticator.authenticate(token)
 
     async def _read(self, exchange: _Exchange) -> bytes:
-        request, limit = exchange.request, self._settings.max_body
+        request, settings = exchange.request, self._settings
+        limit = settings.max_body_unauthenticated if exchange.principal is None else settings.max_body
+        if (request.content_length or 0) > limit:
+            raise failures.body_too_large(limit)
         media = request.content_type
         if request.body_exists and (
             not (media == JSON or (media.startswith("application/") and media.endswith("+json")))
@@ -235,14 +239,14 @@ class Api:
             raise failures.not_json()
         chunks, size = [], 0
         try:
-            async with asyncio.timeout(self._settings.body_seconds):
+            async with asyncio.timeout(settings.body_seconds):
                 async for chunk in request.content.iter_any():
                     size += len(chunk)
                     if size > limit:
                         raise failures.body_too_large(limit)
                     chunks.append(chunk)
         except TimeoutError:
-            raise failures.body_too_slow(self._settings.body_seconds) from None
+            raise failures.body_too_slow(settings.body_seconds) from None
         except (web.RequestPayloadError, ConnectionError, ValueError):
             raise InvalidInput({"body": "did not arrive whole"}) from None
         return b"".join(chunks)

@@ -31,6 +31,7 @@ from controller.log import add_request_id
 from tests.contracts.world import PASSWORD, SETTINGS, Api, World, serve
 
 OK_LOGIN = {"username": "alice", "password": PASSWORD}
+AS_JSON = {"Content-Type": "application/json"}
 
 
 class Note(Model):
@@ -306,9 +307,9 @@ BAD_BODIES = {
     "twice": b'{"text": "x", "text": "y"}',
     "twice, deeper": b'{"text": "x", "more": {"a": 1, "a": 2}}',
     "an item of the wrong type": b'{"text": "x", "tags": ["a", 2]}',
-    "deep list": b"[" * 100_000,
-    "deep object": b'{"a":' * 100_000,
-    "deep and closed": b'{"text": "x", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep list": b"[" * 60_000,
+    "deep object": b'{"a":' * 12_000,
+    "deep and closed": b'{"text": "x", "more": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
     "missing": b"{}",
 }
 
@@ -363,13 +364,40 @@ async def test_a_large_body_is_refused_before_anything_is_read_or_asked(both: Ap
         assert b"1048576 bytes" in answer
 
 
+async def test_a_body_of_an_unknown_caller_is_small(both: Api) -> None:
+    for path in (b"/api/notes", b"/api/auth/login"):
+        head = b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        answer = await raw_request(both, head + b"Content-Length: 65537\r\n\r\n")  # nothing of it is waited for
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b"65536 bytes" in answer
+    head = b"POST /api/connections HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    answer = await raw_request(both, head + b"Content-Length: 65537\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    note = json.dumps({"text": "x"}).encode().ljust(65536)
+    assert (await both.call("POST", "/api/notes", data=note, headers=AS_JSON)).status == 200
+
+
+async def test_a_body_of_a_known_caller_may_have_a_mebibyte(world: World, both: Api) -> None:
+    alice = await both.login("alice")
+    wanted = json.dumps({"server_id": world.nodes["fra-1"], "protocol": "wireguard"}).encode()
+    answer = await alice.call("POST", "/api/connections", data=wanted.ljust(1024 * 1024), headers=AS_JSON)
+    assert answer.status == 201
+    for deep in (b"[" * 1_000_000, b'{"a":' * 200_000, b'{"more": ' + b"[" * 500_000 + b"]" * 500_000 + b"}"):
+        assert (await alice.call("POST", "/api/connections", data=deep, headers=AS_JSON)).status == 400
+    head = f"POST /api/connections HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {alice.token}\r\n".encode()
+    head += b"Content-Type: application/json\r\nContent-Length: 1048577\r\n\r\n"
+    assert (await raw_request(both, head)).startswith(b"HTTP/1.1 413 ")
+
+
 async def test_a_large_body_of_unknown_length_is_refused(both: Api) -> None:
-    head = (
-        b"POST /api/notes HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-    )
+    alice = await both.login("alice")
     chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-    answer = await raw_request(both, head, *[chunk] * 17)
-    assert answer.startswith(b"HTTP/1.1 413 ")
+    for path, chunks, limit in (("/api/notes", 2, b"65536 bytes"), ("/api/connections", 17, b"1048576 bytes")):
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {alice.token}\r\n".encode()
+        head += b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        answer = await raw_request(both, head, *[chunk] * chunks)
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert limit in answer
 
 
 async def test_a_slow_body_is_refused(both: Api) -> None:
