@@ -14,7 +14,7 @@ from ipaddress import ip_interface
 
 import msgspec
 
-from shared.addresses import parse_client_prefix, parse_interface
+from shared.addresses import check_client_prefix, parse_interface
 from shared.keys import KEY_BYTES, encode_key
 
 DIGEST_BYTES = 16
@@ -88,7 +88,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
         if not 1 <= len(self.allowed_ips) <= MAX_ALLOWED_IPS:
             raise InvalidResource(f"a peer has 1 to {MAX_ALLOWED_IPS} allowed IPs")
         for prefix in self.allowed_ips:
-            parse_client_prefix(prefix)
+            check_client_prefix(prefix)
 
     def digest(self) -> int:
         """The hash of what a host shows of the peer; the lease is not on the host and so not in it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 from controller.fleet.nodes import is_host
-from shared.addresses import parse_client_prefix
+from shared.addresses import check_client_prefix
 from shared.keys import PresharedKey, PrivateKey, PublicKey
 
 EVERYTHING = ("0.0.0.0/0", "::/0")
@@ -38,7 +38,7 @@ class ClientConfig:
 
     def __post_init__(self) -> None:
         for address in self.addresses:
-            parse_client_prefix(address)
+            check_client_prefix(address)
         for server in self.dns:
             ip_address(server)
         if not set(self.allowed_ips) <= set(EVERYTHING):

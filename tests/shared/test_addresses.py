@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+from ipaddress import IPv4Address, IPv6Address
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.addresses import InvalidAddress, parse_client_prefix, parse_interface, rate_limit_key
+from shared.addresses import InvalidAddress, check_client_prefix, parse_interface, rate_limit_key
 
 
 @pytest.mark.parametrize(
@@ -24,18 +27,30 @@ from shared.addresses import InvalidAddress, parse_client_prefix, parse_interfac
         "10.0.0.1",
         "FD66::1/128",
         "10.0.0.1/32\n[Peer]",
+        "fd66::1%eth0/128",
+        "fd66::1%\nprivate_key=00/128",
+        "::1.2.3.4/128",
+        "10.0.0.1\0/32",
         "",
     ],
 )
 def test_a_client_owns_single_unicast_addresses_only(text: str) -> None:
     with pytest.raises(InvalidAddress):
-        parse_client_prefix(text)
+        check_client_prefix(text)
 
 
 @given(st.ip_addresses(v=4, network="10.0.0.0/8") | st.ip_addresses(v=6, network="fd00::/8"))
 def test_private_hosts_are_accepted_in_their_one_spelling(address: object) -> None:
     text = f"{address}/{32 if '.' in str(address) else 128}"
-    assert str(parse_client_prefix(text)) == text
+    check_client_prefix(text)
+
+
+@given(st.ip_addresses())
+def test_what_is_unicast_is_as_the_standard_library_has_it(address: IPv4Address | IPv6Address) -> None:
+    special = address.is_unspecified or address.is_loopback or address.is_multicast or address.is_link_local
+    embedded = isinstance(address, IPv6Address) and int(address) >> 32 in (0, 0xFFFF)
+    with pytest.raises(InvalidAddress) if special or embedded else nullcontext():
+        check_client_prefix(f"{address}/{address.max_prefixlen}")
 
 
 def test_an_interface_address_keeps_its_prefix() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.tunnels.addresses import Pool
-from shared.addresses import parse_client_prefix
+from shared.addresses import check_client_prefix
 
 pools = st.builds(
     Pool,
@@ -33,9 +33,11 @@ def test_every_slot_has_addresses_of_its_own_inside_the_pool(pool: Pool, data: s
     reserved = {pool.ipv4.network_address, pool.ipv4.broadcast_address, pool.ipv6.network_address}
     reserved |= {ip_interface(text).ip for text in pool.interface_addresses()}
     for slot in slots:
-        ipv4, ipv6 = (parse_client_prefix(text) for text in pool.client_addresses(slot))
-        assert ipv4.network_address in pool.ipv4 and ipv6.network_address in pool.ipv6
-        assert not {ipv4.network_address, ipv6.network_address} & reserved
+        for text in pool.client_addresses(slot):
+            check_client_prefix(text)
+        ipv4, ipv6 = (ip_interface(text).ip for text in pool.client_addresses(slot))
+        assert ipv4 in pool.ipv4 and ipv6 in pool.ipv6
+        assert not {ipv4, ipv6} & reserved
         seen |= {str(ipv4), str(ipv6)}
     assert len(seen) == 2 * len(slots)
 
