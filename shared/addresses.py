@@ -46,9 +46,9 @@ def check_client_prefix(text: str) -> None:
     except (OSError, ValueError) as error:  # ValueError: a NUL, or no ASCII
         raise InvalidAddress(f"{text!r} is not an allowed IP") from error
     if length != bits:
-        raise InvalidAddress(f"{text!r} is not one address, as with /{bits}")
+        raise InvalidAddress(f"{text!r} is wider than one address, or does not end in /{bits}")
     if not (_is_unicast4(packed) if family == AF_INET else _is_unicast6(packed)):
-        raise InvalidAddress(f"{text!r} is not a unicast address of its family")
+        raise InvalidAddress(f"{text!r} is IPv4-mapped, or not a unicast address")
     if (canonical := inet_ntop(family, packed)) != host:
         raise InvalidAddress(f"{text!r} is written '{canonical}/{bits}'")
 
