@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sqlite3
@@ -43,6 +44,35 @@ async def test_what_was_stored_is_there_after_a_restart(tmp_path: Path) -> None:
     wanted = [*RESOURCES[:1], *RESOURCES[2:], resource(peer(99))]
     assert stored.scopes[SCOPE].resources == wanted
     assert stat.S_IMODE((tmp_path / "state.db").stat().st_mode) == 0o600
+
+
+async def test_small_change_waits_for_another_process_without_holding_up_the_agent(tmp_path: Path) -> None:
+    await filled(tmp_path)
+    state = State(tmp_path)
+    await state.open()
+    with contextlib.closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        change = asyncio.create_task(state.change(SCOPE, 8, [resource(peer(99))], []))
+        done, _ = await asyncio.wait([change], timeout=0.2)
+        assert not done
+        other.execute("COMMIT")
+    await change
+    await state.close()
+    stored = await (again := State(tmp_path)).open()
+    await again.close()
+    assert stored.scopes[SCOPE].revision == 8
+
+
+async def test_log_of_small_changes_does_not_grow_for_ever(tmp_path: Path) -> None:
+    await filled(tmp_path)
+    state = State(tmp_path)
+    await state.open()
+    sizes = []
+    for revision in range(8, 2008):
+        await state.change(SCOPE, revision, [resource(peer(99))], [])
+        sizes.append((tmp_path / "state.db-wal").stat().st_size)
+    await state.close()
+    assert max(sizes[1000:]) <= max(sizes[:1000])
 
 
 def truncated(path: Path) -> None:
