@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from controller.config import read_secrets
 from shared.desired import Kind, decode, digest
 from tests.fleet.installation import INTERNET, Connected, Installation
 from tests.fleet.tunnel import Tunnel
@@ -69,8 +70,13 @@ def forget_peers(fleet: Installation) -> None:
     """A consistent history in which nobody is connected."""
     with closing(sqlite3.connect(fleet.home / "controller.db")) as database, database:
         database.execute("DELETE FROM desired WHERE kind = ?", (Kind.WIREGUARD_PEER,))
-        left = database.execute("SELECT kind, key, payload FROM desired").fetchall()
-        database.execute("UPDATE scopes SET digest = ?", (digest(decode(*resource) for resource in left),))
+        left = database.execute("SELECT scope, kind, key, payload FROM desired").fetchall()
+        secrets = read_secrets(fleet.home / "secret.key")
+        resources = [
+            decode(kind, key, secrets.open(sealed, table="desired", column="payload", row=f"{scope}/{kind}/{key}"))
+            for scope, kind, key, sealed in left
+        ]
+        database.execute("UPDATE scopes SET digest = ?", (digest(resources),))
 
 
 def refused(fleet: Installation, words: str) -> None:
