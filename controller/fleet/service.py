@@ -32,7 +32,7 @@ class FleetSettings:
     wireguard_port: int = 51820
     mtu: int = 1420
     join_token_lifetime: timedelta = timedelta(minutes=10)
-    certificate_lifetime: timedelta = timedelta(days=7)
+    certificate_lifetime: timedelta = timedelta(days=30)
     promotion_grace: timedelta = timedelta(minutes=10)  # a host that lost the answer to its first use may fall back
 
 
