@@ -207,10 +207,6 @@ class Tunnels:
             mtu=self._settings.mtu,
         )
 
-    async def end_all(self, tx: Transaction, user_id: str, reason: str) -> int:
-        """End all connections of an account inside the caller's transaction; return how many there were."""
-        return await ending.end_account(tx, user_id, reason)
-
     async def end_expired(self) -> int:
         """End what nobody uses: it holds an address, and a place of the plan's limit. Return how many there were."""
         moment = now()

@@ -30,6 +30,7 @@ from controller.fleet.tables import NodeRow
 from controller.store.database import Database
 from controller.store.types import new_id, now
 from controller.tunnels.addresses import Pool
+from controller.tunnels.ending import end_account
 from controller.tunnels.live import LiveStates
 from controller.tunnels.metrics import Metrics
 from controller.tunnels.service import Tunnels, TunnelSettings
@@ -105,7 +106,7 @@ async def build_world(database: Database) -> AsyncIterator[World]:
         hold_account=hold_account,
         wait_applied=wait_applied,
     )
-    accounts = Accounts(database, passwords, session_life=timedelta(hours=24), end_services=[tunnels.end_all])
+    accounts = Accounts(database, passwords, session_life=timedelta(hours=24), end_services=[end_account])
     made = World(database, accounts, directory, live, tunnels)
     await made.add_node("fra-1")
     await made.add_node("nyc-1", plan=Plan.ENTERPRISE)

@@ -20,6 +20,7 @@ from controller.fleet.tables import NodeRow
 from controller.tunnels import errors
 from controller.tunnels.addresses import Pool
 from controller.tunnels.clientconfig import to_json
+from controller.tunnels.ending import end_account
 from controller.tunnels.status import Status
 from controller.tunnels.tables import AllocationRow, ConnectionRow
 
@@ -251,7 +252,7 @@ async def test_a_suspended_accounts_connections_end_on_every_node(world: Any) ->
         await tunnels.create(world.alice, "skynet", world.nodes[node], "wireguard")
     kept = await tunnels.create(world.bob, "skynet", world.nodes[1], "wireguard")
     async with world.database.transaction() as tx:
-        assert await tunnels.end_all(tx, world.alice.user_id, "suspended") == 3
+        assert await end_account(tx, world.alice.user_id, "suspended") == 3
     assert await world.peers(0) == {}
     assert list(await world.peers(1)) == [kept.public_key]
     assert await tunnels.list_live(world.alice) == []
@@ -261,7 +262,7 @@ async def test_an_account_can_be_deleted_once_its_connections_ended(world: Any) 
     tunnels = world.tunnels()
     made = await tunnels.create(world.alice, "skynet", world.nodes[0], "wireguard")
     async with world.database.transaction() as tx:
-        await tunnels.end_all(tx, world.alice.user_id, "deleted")
+        await end_account(tx, world.alice.user_id, "deleted")
         await tx.session.execute(sa.delete(UserRow).where(UserRow.id == world.alice.user_id))
     with pytest.raises(errors.ConnectionNotFound):
         await tunnels.get(world.alice, made.id)
