@@ -17,7 +17,7 @@ from ipaddress import ip_interface, ip_network
 
 from msgspec.structs import replace
 
-from shared.desired import Interface, Kind, Peer, decode
+from shared.desired import Interface, Kind, Payload, Peer, decode
 from shared.keys import decode_key, encode_key
 from shared.protocol import Resource
 
@@ -33,9 +33,10 @@ class Scope:
     revision: int
     interfaces: dict[str, Interface] = field(default_factory=dict)
     peers: dict[bytes, Peer] = field(default_factory=dict)
+    others: dict[Name, Payload] = field(default_factory=dict)  # of all other kinds
     invalid: dict[Name, str] = field(default_factory=dict)
 
-    def put(self, resource: Resource) -> Interface | Peer | None:
+    def put(self, resource: Resource) -> Payload | None:
         """Take the resource in; one that no host should apply is only noted."""
         name = (resource.kind, resource.key)
         self.discard(name)
@@ -46,8 +47,10 @@ class Scope:
             return None
         if isinstance(payload, Interface):
             self.interfaces[payload.name] = payload
-        else:
+        elif isinstance(payload, Peer):
             self.peers[payload.public_key] = payload
+        else:
+            self.others[name] = payload
         return payload
 
     def discard(self, name: Name) -> None:
@@ -57,6 +60,8 @@ class Scope:
             self.interfaces.pop(key, None)
         elif kind == Kind.WIREGUARD_PEER:
             self.peers.pop(_raw(key), None)
+        else:
+            self.others.pop(name, None)
 
 
 def scope_of(epoch: str, revision: int, resources: Iterable[Resource]) -> Scope:

@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from enum import StrEnum
-from hashlib import blake2b
 from ipaddress import ip_interface
 
 import msgspec
 
+from shared.access import Credential, Lease, Limits, SessionEnd
 from shared.addresses import check_client_prefix, parse_interface
 from shared.keys import KEY_BYTES, encode_key
+from shared.resource import DIGEST_BYTES, check_port, resource_hash
+from shared.resource import InvalidResource as InvalidResource
+from shared.resource import Kind as Kind
+from shared.resource import Protocol as Protocol
+from shared.services import L2tpServer, OpenVpnServer, SshServer
 
-DIGEST_BYTES = 16
 EMPTY_DIGEST = bytes(DIGEST_BYTES)
 MAX_ALLOWED_IPS = 16
 _MODULUS = 1 << (8 * DIGEST_BYTES)
 INTERFACE_NAME = re.compile(r"[A-Za-z0-9_-]{1,15}")
-
-
-class Kind(StrEnum):
-    WIREGUARD_INTERFACE = "wireguard.interface"
-    WIREGUARD_PEER = "wireguard.peer"
-
-
-class InvalidResource(ValueError):
-    """A payload that no host should apply; the text says what is wrong with it."""
 
 
 class Interface(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,8 +45,7 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
         """Raise InvalidResource (or InvalidAddress) where the kernel would refuse it or do something else."""
         if not INTERFACE_NAME.fullmatch(self.name):
             raise InvalidResource(f"interface name {self.name!r} is not 1 to 15 of A-Z a-z 0-9 _ -")
-        if not 1 <= self.listen_port <= 65535:
-            raise InvalidResource(f"listen port {self.listen_port} is not between 1 and 65535")
+        check_port(self.listen_port)
         if not 1280 <= self.mtu <= 9000:
             raise InvalidResource(f"MTU {self.mtu} is not between 1280 and 9000")
         if not self.addresses:
@@ -62,7 +55,7 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
 
     def digest(self) -> int:
         addresses = sorted(str(ip_interface(address)) for address in self.addresses)
-        return _hash(Kind.WIREGUARD_INTERFACE, self.name, self.listen_port, addresses, self.mtu)
+        return resource_hash(Kind.WIREGUARD_INTERFACE, self.name, self.listen_port, addresses, self.mtu)
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +66,8 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     preshared_key: bytes | None = None
     keepalive: int = 0  # seconds, 0 = off
     not_after: int | None = None  # lease: Unix seconds; the node removes the peer then, also when cut off
+    account: int = 0  # whose traffic it is; 0 = nobody's
+    limits: Limits | None = None
 
     @property
     def key(self) -> str:
@@ -89,19 +84,28 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidResource(f"a peer has 1 to {MAX_ALLOWED_IPS} allowed IPs")
         for prefix in self.allowed_ips:
             check_client_prefix(prefix)
+        if self.limits is not None:
+            self.limits.check()
 
     def digest(self) -> int:
         """The hash of what a host shows of the peer; the lease is not on the host and so not in it."""
         preshared = self.preshared_key if self.preshared_key and any(self.preshared_key) else b""
-        return _hash(Kind.WIREGUARD_PEER, self.public_key, sorted(self.allowed_ips), preshared, self.keepalive)
+        return resource_hash(Kind.WIREGUARD_PEER, self.public_key, sorted(self.allowed_ips), preshared, self.keepalive)
 
 
-Payload = Interface | Peer
+Payload = Interface | Peer | OpenVpnServer | SshServer | L2tpServer | Credential | Lease | SessionEnd
 
-_TYPES: dict[Kind, type[Interface] | type[Peer]] = {
+_TYPES: dict[Kind, type[Payload]] = {
     Kind.WIREGUARD_INTERFACE: Interface,
     Kind.WIREGUARD_PEER: Peer,
+    Kind.OPENVPN_SERVER: OpenVpnServer,
+    Kind.SSH_SERVER: SshServer,
+    Kind.L2TP_SERVER: L2tpServer,
+    Kind.CREDENTIAL: Credential,
+    Kind.LEASE: Lease,
+    Kind.SESSION_END: SessionEnd,
 }
+_KINDS = {type_: kind for kind, type_ in _TYPES.items()}
 _DECODERS = {kind: msgspec.msgpack.Decoder(type_) for kind, type_ in _TYPES.items()}
 _encoder = msgspec.msgpack.Encoder()
 
@@ -123,7 +127,7 @@ def decode(kind: str, key: str, payload: bytes) -> Payload:
 
 
 def kind_of(payload: Payload) -> Kind:
-    return Kind.WIREGUARD_INTERFACE if isinstance(payload, Interface) else Kind.WIREGUARD_PEER
+    return _KINDS[type(payload)]
 
 
 def digest(payloads: Iterable[Payload]) -> bytes:
@@ -134,7 +138,3 @@ def digest(payloads: Iterable[Payload]) -> bytes:
 def digest_bytes(total: int) -> bytes:
     """A running sum (it may be negative after removals) as the digest on the wire."""
     return (total % _MODULUS).to_bytes(DIGEST_BYTES)
-
-
-def _hash(*parts: object) -> int:
-    return int.from_bytes(blake2b(_encoder.encode(parts), digest_size=DIGEST_BYTES).digest())

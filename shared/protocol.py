@@ -17,6 +17,7 @@ CHANNEL_PATH = "/node/v1/channel"
 ENROL_PATH = "/node/v1/enrol"
 CA_PATH = "/node/v1/ca"
 CONTROLLER_NAME = "controller.skynetvpn.internal"  # the name in the controller's certificate, whatever its address
+IDENTITY, OPENVPN_SERVER = "identity", "openvpn"  # purposes of a certificate
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
@@ -61,6 +62,30 @@ class PeerStats(msgspec.Struct, frozen=True, array_like=True):
     endpoint: Name = ""  # host:port that the client was last seen at
 
 
+class SessionStats(msgspec.Struct, frozen=True, array_like=True):
+    """A session with its cumulative counters. `id` never names another session of the node."""
+
+    id: Name
+    protocol: Name
+    account: Count
+    username: Name
+    connection: Name  # "" where the credential is the account's own
+    remote: Name  # host:port of the client
+    address: Name  # inside the tunnel, "" where there is none
+    since: Count  # Unix seconds
+    rx: Count  # bytes from the client
+    tx: Count  # bytes to the client
+    ended: Count = 0  # Unix seconds, 0 = it lives
+    reason: Name = ""
+
+
+class AccountUsage(msgspec.Struct, frozen=True, array_like=True):
+    """A metered account's bytes on this node, all protocols together, since the node's ledger began."""
+
+    account: Count
+    used: Count
+
+
 class Load(msgspec.Struct, frozen=True, kw_only=True):
     """All in 0–100; `total` is the largest of the four."""
 
@@ -82,6 +107,9 @@ class Hello(Frame, frozen=True, kw_only=True, tag="hello"):
     revisions: dict[Name, Count] = {}  # scope -> stored revision
     wireguard_public_key: bytes = b""
     backend: Name = ""  # kernel | userspace
+    protocols: list[Name] = []  # that this host may serve
+    ssh_host_keys: list[Text] = []  # `type base64` of the tunnels' sshd
+    ledger: Name = ""  # the identity of the node's records; a new one counts from 0
 
 
 class Applied(Frame, frozen=True, kw_only=True, tag="applied"):
@@ -125,10 +153,14 @@ class Report(Frame, frozen=True, kw_only=True, tag="report"):
     generation: Name  # of the interface; a new one starts its counters at 0
     peers: list[PeerStats] = []
     load: Load | None = None
+    sessions: list[SessionStats] = []  # that began, moved bytes or ended since the last report that was acknowledged
+    complete: bool = False  # `sessions` has every live one: any other of this node has ended
+    usage: list[AccountUsage] = []  # that changed
 
 
 class Renew(Frame, frozen=True, kw_only=True, tag="renew"):
     csr: Annotated[bytes, msgspec.Meta(max_length=16384)]  # PEM
+    purpose: Name = IDENTITY
 
 
 # --- controller to agent ---
@@ -171,6 +203,7 @@ class Received(Frame, frozen=True, kw_only=True, tag="received"):
 class Certificate(Frame, frozen=True, kw_only=True, tag="certificate"):
     certificate: bytes  # PEM
     ca: bytes  # PEM bundle
+    purpose: Name = IDENTITY
 
 
 class Bye(Frame, frozen=True, kw_only=True, tag="bye"):

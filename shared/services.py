@@ -1,0 +1,141 @@
+"""The servers of a node beside WireGuard, as the controller wants them; one of each protocol at most."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+
+import msgspec
+
+from shared.access import check_chap_secret
+from shared.resource import InvalidResource, Kind, Protocol, check_port, resource_hash
+
+L2TP_PORT = 1701  # RFC 2661; no client asks for another
+
+
+class OpenVpnServer(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenVPN on one port, by UDP and TCP. Its key is not here: the node made it, and has a certificate for it."""
+
+    port: int
+    transports: tuple[str, ...] = ("udp", "tcp")  # a process each; UDP has the lower half of the pools, TCP the upper
+    ipv4_pool: str  # the servers have the first address of their half
+    ipv6_pool: str | None = None
+    dns: tuple[str, ...] = ()
+    mtu: int = 1420  # of the tunnel
+    keepalive: int = 10  # seconds between two pings; six of them lost end the session
+    max_clients: int = 1024  # of each transport
+    masquerade: bool = True
+    isolate: bool = True
+    ca: str  # PEM: who signs client certificates
+    tls_crypt: str  # PEM of the tls-crypt-v2 server key
+
+    @property
+    def key(self) -> str:
+        return Protocol.OPENVPN
+
+    def check(self) -> None:
+        check_port(self.port)
+        if not self.transports or not set(self.transports) <= {"udp", "tcp"}:
+            raise InvalidResource("transports are one or both of udp and tcp")
+        _check_pool(self.ipv4_pool, 4, 28)
+        if self.ipv6_pool is not None:
+            _check_pool(self.ipv6_pool, 6, 123)
+        _check_dns(self.dns)
+        _check_range("mtu", self.mtu, 1280, 9000)
+        _check_range("keepalive", self.keepalive, 1, 3600)
+        _check_range("max_clients", self.max_clients, 1, 65535)
+        _check_pem("ca", self.ca, "CERTIFICATE")
+        _check_pem("tls_crypt", self.tls_crypt, "OpenVPN tls-crypt-v2 server key")
+
+    def digest(self) -> int:
+        return resource_hash(Kind.OPENVPN_SERVER, msgspec.to_builtins(self))
+
+    def __repr__(self) -> str:
+        return f"OpenVpnServer(port={self.port}, transports={self.transports})"
+
+
+class SshServer(msgspec.Struct, frozen=True, kw_only=True):
+    """A second sshd, for tunnels only. Its host keys are not here: the node made them."""
+
+    port: int
+    tcp_forwarding: bool = True
+    tun: bool = False  # tun devices (ssh -w)
+    ipv4_pool: str  # of the tun devices
+    dns: tuple[str, ...] = ()
+    keepalive: int = 15  # seconds; three without an answer end the session
+
+    @property
+    def key(self) -> str:
+        return Protocol.SSH
+
+    def check(self) -> None:
+        check_port(self.port)
+        if not self.tcp_forwarding and not self.tun:
+            raise InvalidResource("an SSH server for tunnels forwards TCP, or tun devices, or both")
+        _check_pool(self.ipv4_pool, 4, 28)
+        _check_dns(self.dns)
+        _check_range("keepalive", self.keepalive, 1, 3600)
+
+    def digest(self) -> int:
+        return resource_hash(Kind.SSH_SERVER, msgspec.to_builtins(self))
+
+
+class L2tpServer(msgspec.Struct, frozen=True, kw_only=True):
+    """L2TP over IPsec with a pre-shared key (RFC 3193)."""
+
+    port: int = L2TP_PORT
+    psk: str
+    ipv4_pool: str  # the server has its first address
+    dns: tuple[str, ...] = ()
+    mtu: int = 1400
+    masquerade: bool = True
+    isolate: bool = True
+
+    @property
+    def key(self) -> str:
+        return Protocol.L2TP
+
+    def check(self) -> None:
+        if self.port != L2TP_PORT:
+            raise InvalidResource(f"L2TP clients know port {L2TP_PORT} only")
+        if len(self.psk) < 8 or not check_chap_secret(self.psk):
+            raise InvalidResource("a pre-shared key is 8 to 255 printable ASCII characters")
+        _check_pool(self.ipv4_pool, 4, 28)
+        _check_dns(self.dns)
+        _check_range("mtu", self.mtu, 576, 1460)
+
+    def digest(self) -> int:
+        return resource_hash(Kind.L2TP_SERVER, msgspec.to_builtins(self))
+
+    def __repr__(self) -> str:
+        return f"L2tpServer(port={self.port})"
+
+
+Server = OpenVpnServer | SshServer | L2tpServer
+
+
+def _check_pool(text: str, version: int, longest: int) -> None:
+    try:
+        network = ip_network(text)
+    except ValueError as error:
+        raise InvalidResource(f"{text!r} is not a network such as 10.66.0.0/16") from error
+    if network.version != version or network.prefixlen > longest:
+        raise InvalidResource(f"{text} is not an IPv{version} network of /{longest} or wider")
+
+
+def _check_dns(servers: tuple[str, ...]) -> None:
+    for server in servers:
+        try:
+            ip_address(server)
+        except ValueError as error:
+            raise InvalidResource(f"{server!r} is not the address of a DNS server") from error
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidResource(f"{name} {value} is not between {low} and {high}")
+
+
+def _check_pem(name: str, text: str, label: str) -> None:
+    lines = text.splitlines()
+    if f"-----BEGIN {label}-----" not in lines or not text.isascii() or "</" in text or "\r" in text:
+        raise InvalidResource(f"{name} is not a PEM block of a {label}")
