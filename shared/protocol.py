@@ -87,13 +87,16 @@ class AccountUsage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """All in 0–100; `total` is the largest of the four."""
+    """All in 0–100 but the rates; `total` is the largest of cpu, memory, bandwidth and peers."""
 
     total: Percent
     cpu: Percent
     memory: Percent
     bandwidth: Percent
     peers: Percent
+    disk: Percent = 0.0  # of the file system that holds the agent's state
+    rx_rate: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # bytes per second that come in from the network
+    tx_rate: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 # --- agent to controller ---

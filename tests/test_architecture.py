@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("accounts", "fleet", "tunnels", "billing", "hosting", "support", "events")
+ROOMS = ("access", "accounts", "fleet", "tunnels", "usage", "billing", "hosting", "support", "events")
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from shared import resource
+from shared.access import Credential
 from shared.desired import Interface, Peer
 from shared.keys import PrivateKey
 from shared.protocol import PeerStats
+from shared.services import Server
 
 
 class DriverError(Exception):
@@ -87,6 +90,115 @@ class WireGuardDriver(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class LiveSession:
+    """A session as the host shows it. `id` is the same after a restart of the agent, and never names another one."""
+
+    id: str
+    username: str  # of the credential
+    remote: str  # host:port of the client
+    address: str  # inside the tunnel, "" where there is none
+    since: int  # Unix seconds
+    rx: int  # bytes from the client
+    tx: int  # bytes to the client
+    interface: str = ""  # of this session alone (a ppp or tun device)
+    uid: int | None = None  # of the user whose processes carry the traffic, where no address does (SSH)
+    ended: int = 0  # Unix seconds, 0 = it lives
+    reason: str = ""
+
+
+Admit = Callable[[str], str | None]
+"""Asked with a user name when a client wants in: None lets it, else the reason for refusing it."""
+
+Notify = Callable[[], None]
+"""Something happened that nobody asked for: a session began or ended, or the server failed. Cheap: the look comes later."""
+
+
+class ServiceDriver(Protocol):
+    """One protocol's server on the host. All methods raise DriverError; calls never overlap.
+
+    A starting driver adopts the server that runs: its sessions go on.
+    """
+
+    @property
+    def protocol(self) -> resource.Protocol: ...
+
+    async def ensure(self, spec: Server) -> None:
+        """Start the server with these settings, adopt the one that runs with them, restart one that has others.
+
+        New settings are checked by the server's own parser before anything changes. Cheap where nothing differs: it
+        is also the periodic re-check, and raises what is wrong with a server that died and cannot be started again.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """End the server with all its sessions, and take its files away; none there is no error."""
+        ...
+
+    async def credentials(self) -> Mapping[str, Credential]:
+        """Read back what the host would let in, by user name, as `Credential.digest` compares them.
+
+        Read from the host, never from a cache, where the host holds them; account and limits mean nothing here.
+        """
+        ...
+
+    async def put(self, credentials: Sequence[Credential]) -> dict[str, str]:
+        """Add or change logins; return those that the host refused, each with its words. Live sessions go on."""
+        ...
+
+    async def remove(self, usernames: Sequence[str]) -> dict[str, str]:
+        """Take logins away and end their sessions: after the return nobody is in by them. Unknown ones are no error."""
+        ...
+
+    async def sessions(self) -> list[LiveSession]:
+        """All live sessions, and once each (with `ended`) those that ended since the last call, with final counters."""
+        ...
+
+    async def kick(self, session_id: str) -> None:
+        """End one session now; one that is not there is no error."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of sockets and files; the server and its sessions stay."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What the kernel has to enforce for one account's live sessions."""
+
+    account: int
+    addresses: tuple[str, ...] = ()  # inside the tunnels, without prefix length
+    uids: tuple[int, ...] = ()  # of its SSH logins
+    rate_up: int = 0  # bits per second from the client, 0 = no limit
+    rate_down: int = 0
+    remaining: int | None = None  # bytes that may still pass in both directions together; None = not metered
+    grant: int = 0  # `remaining` is counted from the moment at which this number was seen first
+
+
+class LimitsDriver(Protocol):
+    """Speed limits and byte allowances in the kernel, exact between two looks of the agent. Raises DriverError."""
+
+    async def apply(self, accounts: Sequence[Allowed]) -> None:
+        """Enforce exactly these; the cost is that of what changed. An account whose `grant` is the same keeps what
+        the kernel has counted for it."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the host; the limits stay."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tunnels:
+    """Addresses of clients that come by other protocols than WireGuard: one server's pool."""
+
+    name: str  # for messages
+    networks: tuple[str, ...]  # 10.70.0.0/17
+    masquerade: bool = True
+    isolate: bool = True
+
+
 class FirewallDriver(Protocol):
     """The agent's own packet filter table: NAT, forwarding, isolation. Other tables are never touched."""
 
@@ -97,7 +209,7 @@ class FirewallDriver(Protocol):
         """
         ...
 
-    async def apply(self, interfaces: Sequence[Interface]) -> None:
+    async def apply(self, interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> None:
         """Replace the whole table in one transaction, and turn forwarding on where it is needed."""
         ...
 

@@ -11,7 +11,7 @@ from ipaddress import ip_interface
 from pathlib import Path
 
 from agent.drivers import commands
-from agent.drivers.base import DriverError
+from agent.drivers.base import DriverError, Tunnels
 from agent.drivers.ruleset import TABLE, render
 from shared.desired import Interface
 
@@ -36,7 +36,7 @@ class Nftables:
             raise
         return fingerprint(listing)
 
-    async def apply(self, interfaces: Sequence[Interface]) -> None:
+    async def apply(self, interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> None:
         await commands.run([self._program, "-f", "-"], stdin=render(interfaces))
         await asyncio.to_thread(enable_forwarding, self._sysctls, _versions(interfaces))
 

@@ -26,6 +26,7 @@ class UserRow(Table):
     role: Mapped[str]  # Role
     plan: Mapped[str]  # Plan
     active: Mapped[bool]
+    protocols: Mapped[str | None]  # spaced, that it may use; None = whatever its servers offer
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
 

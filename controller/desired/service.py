@@ -46,6 +46,11 @@ def node_scope(node_id: str) -> str:
     return f"node:{node_id}"
 
 
+def protocol_scope(protocol: str) -> str:
+    """The scope of every node that offers the protocol: the accounts' own credentials."""
+    return f"protocol:{protocol}"
+
+
 async def put(tx: Transaction, scope: str, payloads: Sequence[Payload]) -> int:
     """Make the scope run these resources too; return the new revision. Unchanged resources cost nothing."""
     for payload in payloads:

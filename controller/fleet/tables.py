@@ -37,6 +37,9 @@ class NodeRow(Table):
     certificate_expires_at: Mapped[datetime | None]
     boot_id: Mapped[str | None]
     former_boot_ids: Mapped[str] = mapped_column(sa.Text)  # spaced; one that comes back betrays a cloned disk
+    protocols: Mapped[str] = mapped_column(default="wireguard", server_default="wireguard")  # spaced, that it may serve
+    ssh_host_keys: Mapped[str] = mapped_column(sa.Text, default="", server_default="")  # lines of `type base64`
+    ledger: Mapped[str] = mapped_column(default="", server_default="")  # the identity of its usage records
 
 
 class JoinTokenRow(Table):
@@ -67,3 +70,27 @@ class AppliedRow(Table):
     problem: Mapped[str | None] = mapped_column(sa.Text)  # refusal or failures, in the node's words
     refused_revision: Mapped[int | None]  # of the snapshot that the node's blast-radius guard refused
     confirmed_at: Mapped[datetime | None]  # an operator allowed that removal; forgotten when it is applied
+    servers: Mapped[str] = mapped_column(sa.Text, default="{}", server_default="{}")  # JSON: protocol -> what ails it
+
+
+class ProtocolRow(Table):
+    """The settings of a protocol: of the whole fleet (node_id ""), or of one node, which then has its own."""
+
+    __tablename__ = "protocols"
+
+    protocol: Mapped[str] = mapped_column(primary_key=True)
+    node_id: Mapped[str] = mapped_column(sa.String(36), primary_key=True, default="")
+    port: Mapped[int]
+    settings: Mapped[str] = mapped_column(sa.Text)  # JSON, as the API takes them
+    updated_at: Mapped[datetime]
+
+
+class FleetKeyRow(Table):
+    """A key that all nodes or all clients share: the authority of VPN clients, the tls-crypt-v2 key, the IPsec PSK."""
+
+    __tablename__ = "fleet_keys"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    sealed_key: Mapped[bytes]
+    certificate: Mapped[bytes | None]  # PEM, of an authority
+    created_at: Mapped[datetime]

@@ -38,7 +38,7 @@ class ConnectionRow(Table):
     created_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
     end_reason: Mapped[str | None]
-    public_key: Mapped[bytes]
+    public_key: Mapped[bytes]  # of other protocols than WireGuard: the SHA-256 of the credential's name
     sealed_private_key: Mapped[bytes | None]  # encrypted; None = the client made the key; forgotten at the end
     sealed_preshared_key: Mapped[bytes | None]
     generation: Mapped[str | None]  # of the node's interface, for the counters below

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_interface
 
-from agent.drivers.base import Device, DeviceMissing, DriverError
+from agent.drivers.base import Device, DeviceMissing, DriverError, Tunnels
 from shared.desired import Interface, Peer
 from shared.keys import PrivateKey
 from shared.protocol import PeerStats
@@ -141,7 +141,7 @@ class ModelFirewall:
             raise self.failing
         return None if self.loaded is None else repr(self.loaded)
 
-    async def apply(self, interfaces: Sequence[Interface]) -> None:
+    async def apply(self, interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> None:
         if self.failing is not None:
             raise self.failing
         self.loads += 1

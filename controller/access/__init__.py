@@ -1,0 +1,1 @@
+"""Which account may use which protocol: credentials, and what a client needs to connect by them."""

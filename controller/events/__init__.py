@@ -1,0 +1,1 @@
+"""What happened and others want to know: the outbox."""

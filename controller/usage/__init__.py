@@ -1,0 +1,1 @@
+"""Sessions, the usage ledger, and the limits of accounts."""
