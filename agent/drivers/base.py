@@ -111,7 +111,7 @@ Admit = Callable[[str], str | None]
 """Asked with a user name when a client wants in: None lets it, else the reason for refusing it."""
 
 Notify = Callable[[], None]
-"""Something happened that nobody asked for: a session began or ended, or the server failed. Cheap: the look comes later."""
+"""Something happened that nobody asked for: a session began or ended, the server failed. Cheap: looks come later."""
 
 
 class ServiceDriver(Protocol):
