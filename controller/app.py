@@ -21,6 +21,8 @@ import structlog
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Info, disable_created_metrics
 
+from controller.accounts.administration import Administration
+from controller.accounts.newpassword import PasswordChanges
 from controller.accounts.passwords import Passwords
 from controller.accounts.service import Accounts, hold_account
 from controller.channel.endpoint import node_application
@@ -71,6 +73,7 @@ class Services:
     fleet_settings: FleetSettings
     fleet: Fleet
     accounts: Accounts
+    administration: Administration
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +110,11 @@ async def services(config: Config) -> AsyncIterator[Services]:
         await migrate(database)
         passwords = Passwords(config.passwords)
         stack.callback(passwords.close)
-        accounts = Accounts(
-            database, passwords, session_life=timedelta(hours=config.login_hours), end_services=[end_account]
-        )
-        yield Services(database, authority, settings, Fleet(database, authority.pin, settings), accounts)
+        changes = PasswordChanges(passwords)
+        accounts = Accounts(database, passwords, session_life=timedelta(hours=config.login_hours), changes=changes)
+        administration = Administration(database, changes, [end_account])
+        fleet = Fleet(database, authority.pin, settings)
+        yield Services(database, authority, settings, fleet, accounts, administration)
 
 
 async def compose(services: Services, config: Config, registry: CollectorRegistry) -> Controller:

@@ -59,3 +59,9 @@ class UserNotFound(DomainError):
     kind = ErrorKind.NOT_FOUND
     code = "user_not_found"
     message = "there is no such user"
+
+
+class LastAdmin(DomainError):
+    kind = ErrorKind.CONFLICT
+    code = "last_admin"
+    message = "this is the only administrator; make another one first"

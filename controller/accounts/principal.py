@@ -34,3 +34,5 @@ class Principal:
     session_id: str
     contract: str
     logged_in_at: datetime
+    token_hash: bytes = b""  # SHA-256 of the token that it is
+    protocols: tuple[str, ...] | None = None  # that the account may use; None = whatever its servers offer

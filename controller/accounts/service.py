@@ -1,4 +1,4 @@
-"""Use cases of accounts: create, log in and out, change, deactivate."""
+"""Use cases of accounts: create, log in and out, change one's own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from datetime import UTC, datetime, timedelta
 
 import sqlalchemy as sa
 import structlog
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from controller.accounts import errors, identity, tokens
+from controller.accounts import errors, identity, rows, tokens
+from controller.accounts.newpassword import PasswordChanges
 from controller.accounts.passwords import Passwords
 from controller.accounts.principal import Plan, Principal, Role
+from controller.accounts.rows import User as User
 from controller.accounts.tables import LoginSessionRow, UserRow
 from controller.accounts.throttle import Throttle
 from controller.accounts.tokens import Sessions
-from controller.errors import InvalidInput
 from controller.store.database import Database, Topic, Transaction
 from controller.store.types import new_id, now
 
@@ -28,20 +27,6 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class User:
-    id: str
-    number: int
-    username: str
-    email: str
-    email_verified: bool
-    role: Role
-    plan: Plan
-    active: bool
-    created_at: datetime
-    updated_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
 class Client:
     """Who is at the other end of a login."""
 
@@ -49,29 +34,38 @@ class Client:
     user_agent: str = ""
 
 
+# What ends in the same transaction: (tx, user id, reason).
 EndService = Callable[[Transaction, str, str], Awaitable[object]]
+Also = Callable[[Transaction, User], Awaitable[object]]
+"""What another room does with the account in the same transaction."""
 
 
 class Accounts:
-    """`end_services` end, in the same transaction, what a deactivated account still uses: (tx, user id, reason)."""
-
     def __init__(
         self,
         database: Database,
         passwords: Passwords,
         *,
         session_life: timedelta,
-        end_services: Sequence[EndService] = (),
+        changes: PasswordChanges | None = None,
     ) -> None:
         self._database = database
         self._passwords = passwords
         self._session_life = session_life
-        self._end_services = end_services
+        self._changes = changes or PasswordChanges(passwords)
         self._throttle = Throttle()
         self._sessions = Sessions(database)
 
     async def create_user(
-        self, username: str, email: str, password: str, role: Role = Role.USER, plan: Plan = Plan.FREE
+        self,
+        username: str,
+        email: str,
+        password: str,
+        role: Role = Role.USER,
+        plan: Plan = Plan.FREE,
+        *,
+        protocols: Sequence[str] | None = None,
+        also: Also | None = None,
     ) -> User:
         """Raise InvalidInput, UsernameTaken or EmailTaken."""
         problems: dict[str, str | None] = {
@@ -82,7 +76,7 @@ class Accounts:
             email = identity.parse_email(email)
         except ValueError as error:
             problems["email"] = str(error)
-        _refuse(problems)
+        rows.refuse(problems)
         hashed, moment = await self._passwords.hash(password), now()
         row = UserRow(
             id=new_id(),
@@ -95,15 +89,18 @@ class Accounts:
             role=role,
             plan=plan,
             active=True,
+            protocols=" ".join(protocols) if protocols is not None else None,
             created_at=moment,
             updated_at=moment,
         )
         async with self._database.transaction() as tx:
             tx.session.add(row)
-            await _flush(tx.session)
+            await rows.flush(tx.session)
+            if also is not None:
+                await also(tx, rows.user_from_row(row))
             tx.touch(Topic.ACCOUNTS)
         log.info("accounts.created", user_id=row.id, role=role, plan=plan)
-        return _user_from_row(row)
+        return rows.user_from_row(row)
 
     async def login(self, identifier: str, password: str, contract: str, client: Client) -> tuple[str, datetime]:
         """The token of a new login session and when it ends; raise InvalidCredentials or TooManyAttempts."""
@@ -126,7 +123,7 @@ class Accounts:
         self._throttle.succeeded(account, client.address)
         if self._passwords.outdated(row.password_hash):
             await self._rehash(row, password)
-        return _user_from_row(row)
+        return rows.user_from_row(row)
 
     async def open_session(self, user: User, contract: str, client: Client) -> tuple[str, datetime]:
         """A login session for an account that has just proved itself: its token, and when it ends."""
@@ -143,7 +140,7 @@ class Accounts:
             user_agent=client.user_agent[:_USER_AGENT_LENGTH],
         )
         async with self._database.transaction() as tx:
-            account = await _row(tx.session, user.id, lock=True)
+            account = await rows.row(tx.session, user.id, lock=True)
             if not account.active or account.updated_at != user.updated_at:
                 raise errors.InvalidCredentials  # changed or deactivated since the password was checked
             tx.session.add(row)
@@ -158,6 +155,29 @@ class Accounts:
         """Who holds the token; raise InvalidToken."""
         return await self._sessions.find(token)
 
+    async def renew(self, principal: Principal, client: Client) -> str:
+        """A new token for the login session, in place of the old one; raise InvalidToken where that has gone meanwhile.
+
+        The login does not get younger: what needs a recent one needs the password.
+        """
+        token = tokens.new_token()
+        async with self._database.transaction() as tx:
+            renewed = await tx.session.execute(
+                sa.update(LoginSessionRow)
+                .where(LoginSessionRow.id == principal.session_id, LoginSessionRow.token_hash == principal.token_hash)
+                .values(
+                    token_hash=tokens.digest(token),
+                    expires_at=now() + self._session_life,
+                    ip_address=client.address,
+                    user_agent=client.user_agent[:_USER_AGENT_LENGTH],
+                )
+            )
+            if renewed.rowcount == 0:  # type: ignore[attr-defined]
+                raise errors.InvalidToken
+            tx.touch(Topic.ACCOUNTS)
+        log.info("accounts.token_renewed", user_id=principal.user_id, session_id=principal.session_id)
+        return token
+
     async def logout(self, principal: Principal) -> None:
         async with self._database.transaction() as tx:
             await tx.session.execute(sa.delete(LoginSessionRow).where(LoginSessionRow.id == principal.session_id))
@@ -166,7 +186,7 @@ class Accounts:
 
     async def get_user(self, user_id: str) -> User:
         async with self._database.read() as session:
-            return _user_from_row(await _row(session, user_id))
+            return rows.user_from_row(await rows.row(session, user_id))
 
     async def update_me(
         self,
@@ -183,7 +203,7 @@ class Accounts:
         A new password ends the account's other login sessions; a new address has to be verified again.
         """
         async with self._database.read() as session:
-            row = await _row(session, principal.user_id)
+            row = await rows.row(session, principal.user_id)
         problems: dict[str, str | None] = {}
         if password is not None:
             problems["password"] = identity.check_password(password, row.username, row.email)
@@ -192,35 +212,20 @@ class Accounts:
                 email = identity.parse_email(email)
             except ValueError as error:
                 problems["email"] = str(error)
-        _refuse(problems)
+        rows.refuse(problems)
         if email is None and password is None:
-            return _user_from_row(row)
+            return rows.user_from_row(row)
         await self._prove(principal, row.password_hash, current_password, client)
-        hashed = await self._passwords.hash(password) if password is not None else None
+        new = await self._changes.prepare(password) if password is not None else None
         async with self._database.transaction() as tx:
-            row = await _row(tx.session, principal.user_id, lock=True)
-            if email is not None and email != row.email:
-                log.info("accounts.email_changed", user_id=row.id)
-                row.email, row.email_key, row.email_verified = email, identity.fold(email), False
-            if hashed is not None:
-                row.password_hash = hashed
-                await _end_sessions(tx, row.id, but=principal.session_id)
-                log.info("accounts.password_changed", user_id=row.id)
+            row = await rows.row(tx.session, principal.user_id, lock=True)
+            rows.set_email(row, email)
+            if new is not None:
+                await self._changes.make(tx, row, new, but=principal.session_id)
             row.updated_at = now()
-            await _flush(tx.session)
+            await rows.flush(tx.session)
             tx.touch(Topic.ACCOUNTS)
-        return _user_from_row(row)
-
-    async def deactivate(self, user_id: str) -> None:
-        """Refuse the account every login, and end its sessions and services."""
-        async with self._database.transaction() as tx:
-            row = await _row(tx.session, user_id, lock=True)
-            row.active, row.updated_at = False, now()
-            await _end_sessions(tx, user_id)
-            for end_service in self._end_services:
-                await end_service(tx, user_id, "deactivated")
-            tx.touch(Topic.ACCOUNTS)
-        log.info("accounts.deactivated", user_id=user_id)
+        return rows.user_from_row(row)
 
     async def purge_sessions(self) -> int:
         """Drop the login sessions that have run out; how many there were."""
@@ -256,51 +261,3 @@ async def hold_account(tx: Transaction, user_id: str) -> None:
     active = await tx.session.scalar(sa.select(UserRow.active).where(UserRow.id == user_id).with_for_update())
     if not active:
         raise errors.InvalidToken
-
-
-async def _row(session: AsyncSession, user_id: str, *, lock: bool = False) -> UserRow:
-    statement = sa.select(UserRow).where(UserRow.id == user_id)
-    row = await session.scalar(statement.with_for_update() if lock else statement)
-    if row is None:
-        raise errors.UserNotFound
-    return row
-
-
-async def _end_sessions(tx: Transaction, user_id: str, but: str = "") -> None:
-    await tx.session.execute(
-        sa.delete(LoginSessionRow).where(LoginSessionRow.user_id == user_id, LoginSessionRow.id != but)
-    )
-
-
-async def _flush(session: AsyncSession) -> None:
-    """Write, and say in the account's words which rule of the table was broken."""
-    try:
-        await session.flush()
-    except IntegrityError as error:
-        reason = str(error.orig)
-        if "username_key" in reason:
-            raise errors.UsernameTaken from error
-        if "email_key" in reason:
-            raise errors.EmailTaken from error
-        raise
-
-
-def _refuse(problems: dict[str, str | None]) -> None:
-    found = {field: reason for field, reason in problems.items() if reason is not None}
-    if found:
-        raise InvalidInput(found)
-
-
-def _user_from_row(row: UserRow) -> User:
-    return User(
-        row.id,
-        row.number,
-        row.username,
-        row.email,
-        row.email_verified,
-        Role(row.role),
-        Plan(row.plan),
-        row.active,
-        row.created_at,
-        row.updated_at,
-    )

@@ -66,6 +66,8 @@ class Sessions:
             row.session_id,
             row.contract,
             row.created_at,
+            key,
+            tuple(row.protocols.split()) if row.protocols is not None else None,
         )
         if changes == self._changes:  # else it may already be history
             if len(self._known) >= self._max_known:
@@ -86,6 +88,7 @@ _HOLDER = (
         UserRow.username,
         UserRow.role,
         UserRow.plan,
+        UserRow.protocols,
         LoginSessionRow.id.label("session_id"),
         LoginSessionRow.contract,
         LoginSessionRow.created_at,

@@ -15,6 +15,8 @@ import orjson
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from controller.accounts.administration import Administration
+from controller.accounts.newpassword import PasswordChanges
 from controller.accounts.passwords import Passwords
 from controller.accounts.principal import Plan, Role
 from controller.accounts.service import Accounts, hold_account
@@ -48,6 +50,7 @@ class World:
 
     database: Database
     accounts: Accounts
+    administration: Administration
     directory: Directory
     live: LiveStates
     tunnels: Tunnels
@@ -106,8 +109,10 @@ async def build_world(database: Database) -> AsyncIterator[World]:
         hold_account=hold_account,
         wait_applied=wait_applied,
     )
-    accounts = Accounts(database, passwords, session_life=timedelta(hours=24), end_services=[end_account])
-    made = World(database, accounts, directory, live, tunnels)
+    changes = PasswordChanges(passwords)
+    accounts = Accounts(database, passwords, session_life=timedelta(hours=24), changes=changes)
+    administration = Administration(database, changes, [end_account])
+    made = World(database, accounts, administration, directory, live, tunnels)
     await made.add_node("fra-1")
     await made.add_node("nyc-1", plan=Plan.ENTERPRISE)
     for name, plan in (("alice", Plan.PRO), ("bob", Plan.FREE)):

@@ -326,7 +326,8 @@ async def test_fields_that_are_nobodys_to_set_are_ignored(alice: Api, world: Wor
 async def test_a_deactivated_account_is_out_at_once_and_so_are_its_tunnels(alice: Api, world: World) -> None:
     await connect(alice, world)
     profile = (await alice.get("/api/users/me")).body
-    await world.accounts.deactivate(profile["id"])
+    user = await world.administration.user_by_name(profile["username"])
+    await world.administration.update_user(user.number, active=False)
     refused(await alice.get("/api/connections"), 401, "log in again")
     async with world.database.connect() as connection:
         live = await connection.exec_driver_sql("SELECT count(*) FROM connections WHERE ended_at IS NULL")

@@ -7,6 +7,8 @@ from datetime import timedelta
 
 import pytest
 
+from controller.accounts.administration import Administration
+from controller.accounts.newpassword import PasswordChanges
 from controller.accounts.passwords import Passwords
 from controller.accounts.service import Accounts
 from controller.config import Passwords as PasswordSettings
@@ -25,3 +27,8 @@ def passwords() -> Iterator[Passwords]:
 @pytest.fixture
 def accounts(database: Database, passwords: Passwords) -> Accounts:
     return Accounts(database, passwords, session_life=timedelta(hours=24))
+
+
+@pytest.fixture
+def administration(database: Database, passwords: Passwords) -> Administration:
+    return Administration(database, PasswordChanges(passwords))

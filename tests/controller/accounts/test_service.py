@@ -1,4 +1,4 @@
-"""Accounts: create, log in and out, change, deactivate."""
+"""Accounts: create, log in and out, change one's own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from structlog.testing import capture_logs
 
 from controller.accounts import errors, tokens
+from controller.accounts.administration import Administration
 from controller.accounts.passwords import Passwords
 from controller.accounts.principal import Plan, Principal, Role
 from controller.accounts.service import Accounts, Client, User
@@ -65,11 +66,11 @@ async def test_the_database_never_holds_a_token(accounts: Accounts, database: Da
 
 
 async def test_unknown_names_and_wrong_passwords_are_refused_alike_and_cost_one_check_each(
-    accounts: Accounts, passwords: Passwords, monkeypatch: pytest.MonkeyPatch
+    accounts: Accounts, administration: Administration, passwords: Passwords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await make(accounts)
     gone = await make(accounts, "gone")
-    await accounts.deactivate(gone.id)
+    await administration.update_user(gone.number, active=False)
     checks = 0
     check = passwords._check
 
@@ -146,17 +147,6 @@ async def test_a_token_that_is_remembered_ends_with_its_life_too(
     assert accounts.known(token) is None
     with pytest.raises(errors.InvalidToken):
         await accounts.authenticate(token)
-
-
-async def test_deactivation_ends_every_login_and_refuses_new_ones(accounts: Accounts) -> None:
-    user = await make(accounts)
-    tokens = [(await enter(accounts))[0] for _ in range(3)]
-    await accounts.deactivate(user.id)
-    for token in tokens:
-        with pytest.raises(errors.InvalidToken):
-            await accounts.authenticate(token)
-    with pytest.raises(errors.InvalidCredentials):
-        await accounts.login("alice", PASSWORD, "skynet", CLIENT)
 
 
 async def test_no_session_opens_for_an_account_that_changed_after_its_password_was_checked(accounts: Accounts) -> None:
