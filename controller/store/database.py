@@ -29,6 +29,8 @@ class Topic(StrEnum):
     NODES = "nodes"
     DESIRED = "desired"
     CONNECTIONS = "connections"
+    LIMITS = "limits"  # what accounts may use
+    EVENTS = "events"
 
 
 class StoreUnavailable(DomainError):
