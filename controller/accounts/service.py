@@ -256,8 +256,9 @@ class Accounts:
         log.info("accounts.rehashed", user_id=row.id)
 
 
-async def hold_account(tx: Transaction, user_id: str) -> None:
+async def hold_account(tx: Transaction, user_id: str) -> User:
     """Lock an active account until the commit, so that it cannot be deactivated meanwhile; raise InvalidToken."""
-    active = await tx.session.scalar(sa.select(UserRow.active).where(UserRow.id == user_id).with_for_update())
-    if not active:
+    row = await tx.session.scalar(sa.select(UserRow).where(UserRow.id == user_id).with_for_update())
+    if row is None or not row.active:
         raise errors.InvalidToken
+    return rows.user_from_row(row)
