@@ -28,4 +28,5 @@ class CredentialRow(Table):
     certificate: Mapped[bytes | None]  # PEM, of an OpenVPN client
     sealed_password: Mapped[bytes | None]  # that the controller made for a connection, for its client config
     sealed_private_key: Mapped[bytes | None]  # PEM, likewise
+    sealed_tls_crypt: Mapped[bytes | None]  # PEM, likewise: the tls-crypt-v2 key of an OpenVPN client
     created_at: Mapped[datetime]

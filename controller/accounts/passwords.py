@@ -14,6 +14,7 @@ from argon2.exceptions import InvalidHashError, VerificationError
 
 from controller.accounts.errors import PasswordsBusy
 from controller.config import Passwords as Settings
+from shared import crypt
 
 RETRY_AFTER = 2  # seconds
 _BCRYPT_BYTES = 72  # the rest was never part of the hash
@@ -36,6 +37,10 @@ class Passwords:
     async def verify(self, hashed: str | None, password: str) -> bool:
         """Whether the password fits. None (no such account) costs the same time as a wrong password."""
         return await self._run(lambda: self._verify(hashed, _normal(password)))
+
+    async def crypt(self, password: str) -> str:
+        """A hash as hosts check it; raise as `shared.crypt.hash_password`."""
+        return await self._run(lambda: crypt.hash_password(_normal(password).decode()))
 
     def outdated(self, hashed: str) -> bool:
         """Whether the hash should be replaced while the password is at hand."""

@@ -121,6 +121,7 @@ def upgrade() -> None:
         sa.Column("certificate", sa.LargeBinary(), nullable=True),
         sa.Column("sealed_password", sa.LargeBinary(), nullable=True),
         sa.Column("sealed_private_key", sa.LargeBinary(), nullable=True),
+        sa.Column("sealed_tls_crypt", sa.LargeBinary(), nullable=True),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(["connection_id"], ["connections.id"], name=op.f("fk_credentials_connection_id")),
         sa.ForeignKeyConstraint(["node_id"], ["nodes.id"], name=op.f("fk_credentials_node_id")),

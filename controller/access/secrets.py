@@ -1,0 +1,32 @@
+"""A password in the forms that nodes need; pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.access import MAX_SECRET, check_chap_secret
+from shared.resource import Protocol
+
+HASHED = frozenset({Protocol.SSH, Protocol.OPENVPN})
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Secrets:
+    password: str
+    hashed: str | None  # crypt(5); None where it is too long for that, or nobody needs it
+
+    def problem(self, protocol: Protocol) -> str | None:
+        """Why the protocol cannot take the password, or None."""
+        if protocol == Protocol.L2TP:
+            if not check_chap_secret(self.password):
+                return f"use 1 to {MAX_SECRET} printable ASCII characters: L2TP takes no others"
+        elif self.hashed is None:
+            return f"use at most {MAX_SECRET} bytes: {protocol} takes no more"
+        return None
+
+    def of(self, protocol: Protocol) -> str:
+        """The secret as the nodes get it; one that has a problem is never asked for."""
+        if protocol == Protocol.L2TP:
+            return self.password
+        assert self.hashed is not None, "the problem was not looked at"
+        return self.hashed
