@@ -1,0 +1,5 @@
+"""Speed limits and byte allowances of accounts, enforced by the kernel."""
+
+from agent.drivers.limits.driver import KernelLimits
+
+__all__ = ["KernelLimits"]
