@@ -7,7 +7,7 @@ import errno
 import json
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
-from ipaddress import ip_interface
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 
 from agent.drivers import commands
@@ -37,8 +37,8 @@ class Nftables:
         return fingerprint(listing)
 
     async def apply(self, interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> None:
-        await commands.run([self._program, "-f", "-"], stdin=render(interfaces))
-        await asyncio.to_thread(enable_forwarding, self._sysctls, _versions(interfaces))
+        await commands.run([self._program, "-f", "-"], stdin=render(interfaces, tunnels))
+        await asyncio.to_thread(enable_forwarding, self._sysctls, _versions(interfaces, tunnels))
 
     async def close(self) -> None:
         """Nothing is held open."""
@@ -64,8 +64,9 @@ def enable_forwarding(sysctls: Path, versions: Iterable[int]) -> None:
         _switch_on(forwarding, "1")
 
 
-def _versions(interfaces: Iterable[Interface]) -> set[int]:
-    return {ip_interface(address).version for spec in interfaces for address in spec.addresses}
+def _versions(interfaces: Iterable[Interface], tunnels: Iterable[Tunnels]) -> set[int]:
+    addresses = {ip_interface(address).version for spec in interfaces for address in spec.addresses}
+    return addresses | {ip_network(network).version for each in tunnels for network in each.networks}
 
 
 def _read(path: Path) -> str:

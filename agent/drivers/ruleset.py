@@ -1,34 +1,52 @@
 """The text of the agent's nftables table (nft(8)); pure.
 
-Clients are the addresses of the tunnel's own networks. The table drops what must not pass and accepts nothing on behalf
-of others: the policy is accept, and a rule of the host's own tables may still drop.
+Clients are the addresses of the tunnels' own networks. The table drops what must not pass and accepts nothing on behalf
+of others: the policy is accept, and a rule of the host's own tables may still drop. Clients of WireGuard come by an
+interface with a known name; those of the other servers by devices that come and go, so that only their pool is known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_interface
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_interface, ip_network
 
+from agent.drivers.base import Tunnels
 from shared.addresses import Network
 from shared.desired import Interface
 
 TABLE = "inet skynetvpn"
 
 
-def render(interfaces: Sequence[Interface]) -> str:
-    """One transaction that replaces our whole table; without interfaces it only takes the table away."""
+def render(interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> str:
+    """One transaction that replaces our whole table; without clients it only takes the table away."""
     # Deleting a table that is not there is an error, declaring one that is there is not.
     replace = f"table {TABLE}\ndelete table {TABLE}\n"
-    if not interfaces:
+    if not interfaces and not tunnels:
         return replace
     for interface in interfaces:
         interface.check()  # so that nothing in a name or an address can end a quoted string or a rule
     ordered = sorted(interfaces, key=lambda interface: interface.name)
+    pools = sorted(tunnels, key=lambda each: each.name)
     names = [interface.name for interface in ordered]
+    clients = _by_keyword(
+        [network for interface in ordered for network in _own(interface)] + [n for each in pools for n in _pool(each)]
+    )
     chains = (
-        _chain("prerouting", "filter hook prerouting priority raw", map(_spoofing, ordered)),
-        _chain("forward", "filter hook forward priority filter", (_forward(each, names) for each in ordered)),
-        _chain("postrouting", "nat hook postrouting priority srcnat", (_nat(each, names) for each in ordered)),
+        _chain(
+            "prerouting",
+            "filter hook prerouting priority raw",
+            [*map(_spoofing, ordered), *map(_pool_spoofing, pools)],
+        ),
+        _chain(
+            "forward",
+            "filter hook forward priority filter",
+            [*(_forward(each, names) for each in ordered), *(_pool_forward(each, clients) for each in pools)],
+        ),
+        _chain(
+            "postrouting",
+            "nat hook postrouting priority srcnat",
+            [*(_nat(each, names) for each in ordered), *(_pool_nat(each, clients) for each in pools)],
+        ),
     )
     return f"{replace}table {TABLE} {{\n{''.join(chains)}}}\n"
 
@@ -68,9 +86,46 @@ def _nat(interface: Interface, tunnels: Sequence[str]) -> Iterator[str]:
             yield f"{keyword} saddr {networks} oifname != {_set(['lo', *tunnels])} masquerade"
 
 
+def _pool_spoofing(tunnels: Tunnels) -> Iterator[str]:
+    """An address of the pool comes from where packets to it would go, and from nowhere else."""
+    for keyword, networks in _by_keyword(_pool(tunnels)).items():
+        yield f'{keyword} saddr {networks} iifname != "lo" fib saddr . iif oif missing drop'
+
+
+def _pool_forward(tunnels: Tunnels, clients: dict[str, str]) -> Iterator[str]:
+    for keyword, networks in _by_keyword(_pool(tunnels)).items():
+        if tunnels.isolate:
+            yield f"{keyword} saddr {networks} {keyword} daddr {clients[keyword]} drop"
+            yield f"{keyword} saddr {clients[keyword]} {keyword} daddr {networks} drop"
+        for direction in ("saddr", "daddr"):
+            yield (f"{keyword} {direction} {networks} tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu")
+        if tunnels.masquerade:
+            yield (
+                f"{keyword} daddr {networks} {keyword} saddr != {clients[keyword]} "
+                "ct state != { established, related } drop"
+            )
+
+
+def _pool_nat(tunnels: Tunnels, clients: dict[str, str]) -> Iterator[str]:
+    if tunnels.masquerade:
+        for keyword, networks in _by_keyword(_pool(tunnels)).items():
+            yield f'{keyword} saddr {networks} {keyword} daddr != {clients[keyword]} oifname != "lo" masquerade'
+
+
 def _networks(interface: Interface) -> dict[str, str]:
-    """The client prefixes as nft sets, by the keyword of their IP version; a version without any has no entry."""
-    networks = [ip_interface(address).network for address in interface.addresses]
+    return _by_keyword(_own(interface))
+
+
+def _own(interface: Interface) -> list[Network]:
+    return [ip_interface(address).network for address in interface.addresses]
+
+
+def _pool(tunnels: Tunnels) -> list[Network]:
+    return [ip_network(text) for text in tunnels.networks]
+
+
+def _by_keyword(networks: Sequence[Network]) -> dict[str, str]:
+    """The prefixes as nft sets, by the keyword of their IP version; a version without any has no entry."""
     by_keyword: dict[str, list[Network]] = {
         "ip": [*collapse_addresses(network for network in networks if isinstance(network, IPv4Network))],
         "ip6": [*collapse_addresses(network for network in networks if isinstance(network, IPv6Network))],

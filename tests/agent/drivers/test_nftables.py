@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.drivers.base import DriverError, Unsupported
+from agent.drivers.base import DriverError, Tunnels, Unsupported
 from agent.drivers.nftables import Nftables, enable_forwarding
 from shared.desired import Interface
 from tests.support.netns import Namespace
@@ -169,3 +169,54 @@ def test_an_address_that_is_not_the_clients_is_dropped(network: dict[str, Namesp
     network["node"].run("ip", "route", "add", "198.51.100.9/32", "via", "10.66.0.2")
     assert not passes(network["one"], "192.0.2.1", "-I", "198.51.100.9")
     assert passes(network["one"], "192.0.2.1")
+
+
+# The same for a server whose devices have no known names: only its pool is told.
+
+
+def load_with_pool(node: Namespace, *, isolate: bool) -> None:
+    wireguard = Interface(name="wg0", listen_port=1, addresses=("10.66.0.1/24",), isolate=False)
+    pool = Tunnels("l2tp", ("10.67.0.0/24",), isolate=isolate)
+    node.call(lambda: Nftables().apply([wireguard], [pool]))
+
+
+def test_clients_of_a_pool_reach_the_internet_by_the_nodes_address_and_no_other_client(
+    network: dict[str, Namespace],
+) -> None:
+    load_with_pool(network["node"], isolate=True)
+    assert passes(network["two"], "192.0.2.2")
+    assert not passes(network["two"], "10.66.0.2")
+    assert not passes(network["one"], "10.67.0.2")
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_clients_of_one_pool_reach_each_other_only_where_they_may(network: dict[str, Namespace], isolate: bool) -> None:
+    pool = Tunnels("openvpn", ("10.66.0.0/24", "10.67.0.0/24"), isolate=isolate)
+    network["node"].call(lambda: Nftables().apply([], [pool]))
+    assert passes(network["two"], "10.66.0.2") is not isolate
+    assert passes(network["one"], "192.0.2.2")
+
+
+def test_nobody_reaches_a_client_of_a_pool_by_its_inner_address(network: dict[str, Namespace]) -> None:
+    load_with_pool(network["node"], isolate=True)
+    network["net"].run("ip", "route", "add", "10.67.0.0/24", "via", "192.0.2.1")
+    assert not passes(network["net"], "10.67.0.2")
+
+
+def test_an_address_of_a_pool_comes_from_its_own_device_only(network: dict[str, Namespace]) -> None:
+    load_with_pool(network["node"], isolate=True)
+    network["net"].run("ip", "address", "add", "10.67.0.9/32", "dev", "lo")
+    network["node"].run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0")
+    network["node"].run("ip", "route", "add", "10.67.0.9/32", "via", "192.0.2.2", "table", "99")
+    network["node"].run("ip", "rule", "add", "from", "192.0.2.1", "to", "10.67.0.9", "lookup", "99")
+    assert not passes(network["net"], "192.0.2.1", "-I", "10.67.0.9")  # though the answer would find its way
+    network["node"].run("nft", "flush", "chain", "inet", "skynetvpn", "prerouting")
+    assert passes(network["net"], "192.0.2.1", "-I", "10.67.0.9")
+
+
+async def test_forwarding_is_switched_on_for_a_pool_alone(host: Namespace) -> None:
+    await Nftables().apply([], [Tunnels("openvpn", ("10.70.0.0/16", "fd70::/64"))])
+    read = ("sysctl", "-n", "net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding")
+    assert host.run(*read).split() == ["1", "1"]
+    await Nftables().apply([])
+    assert await Nftables().observe() is None
