@@ -207,7 +207,7 @@ def test_an_address_of_a_pool_comes_from_its_own_device_only(network: dict[str, 
     node, outside = network["node"], network["net"]
     load_with_pool(node, isolate=True)
     counter = "chain input { type filter hook input priority 0; ip saddr 10.67.0.0/24 counter; }"
-    node.run("nft", "-f", "-", stdin=f"table inet seen {{ {counter} }}")
+    node.run("nft", "-f", "-", stdin=f"table inet seen {{ {counter}; }}")
     node.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0")
     outside.run("ip", "address", "add", "10.67.0.9/32", "dev", "lo")
 
