@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 
 import sqlalchemy as sa
 import structlog
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from controller.accounts import errors, identity
 from controller.accounts.principal import Plan, Role
 from controller.accounts.tables import LoginSessionRow, UserRow
 from controller.errors import InvalidInput
+from controller.store.bulk import batched
 from controller.store.database import Transaction
 
 log = structlog.get_logger()
@@ -104,3 +106,20 @@ def user_from_row(row: UserRow) -> User:
         row.created_at,
         row.updated_at,
     )
+
+
+async def ids_of(connection: AsyncConnection, numbers: Collection[int]) -> dict[int, str]:
+    """The ids of the accounts with these numbers, where there are such."""
+    found: dict[int, str] = {}
+    for chunk in batched(sorted(numbers)):
+        rows = await connection.execute(sa.select(UserRow.number, UserRow.id).where(UserRow.number.in_(chunk)))
+        found |= {row.number: row.id for row in rows}
+    return found
+
+
+async def existing(connection: AsyncConnection, user_ids: Collection[str]) -> set[str]:
+    """Those of the accounts that were not deleted."""
+    found: set[str] = set()
+    for chunk in batched(sorted(user_ids)):
+        found.update(await connection.scalars(sa.select(UserRow.id).where(UserRow.id.in_(chunk))))
+    return found

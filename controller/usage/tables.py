@@ -76,5 +76,6 @@ class LeaseRow(Table):
     node_id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
     user_id: Mapped[str] = mapped_column(sa.ForeignKey("users.id", ondelete="CASCADE"), primary_key=True)
     ledger: Mapped[str]
-    allowance: Mapped[int]
+    allowance: Mapped[int]  # that the node is told
+    reserved: Mapped[int]  # the most that it may still go by: an allowance that was lowered and not seen yet
     used: Mapped[int]

@@ -46,6 +46,7 @@ def upgrade() -> None:
         sa.Column("user_id", sa.String(length=36), nullable=False),
         sa.Column("ledger", sa.String(length=255), nullable=False),
         sa.Column("allowance", sa.BigInteger(), nullable=False),
+        sa.Column("reserved", sa.BigInteger(), nullable=False),
         sa.Column("used", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(["user_id"], ["users.id"], name=op.f("fk_leases_user_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("node_id", "user_id", name=op.f("pk_leases")),

@@ -1,0 +1,374 @@
+"""Sessions and the bytes that they moved; in memory, without a clock or a database of its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from shared.protocol import Report, SessionStats
+from shared.resource import Protocol
+
+SILENCE = 180  # seconds without a sign of life end an inferred session; a live tunnel shakes hands every 120
+HOUR = 3600
+MAX_STRANGE = 100_000  # of one node
+_GRACE = 10.0  # seconds; reports may be held up and then come close together
+LONGEST = 30 * 24 * HOUR  # seconds that a session may have counted before it is heard of
+_MAX_ID = 64
+_EXACT = frozenset(Protocol) - {Protocol.WIREGUARD}
+
+Key = tuple[str, str]  # node id, session id
+UsageKey = tuple[str, str, str, int]  # user id, node id, protocol, Unix seconds of the hour
+_K = TypeVar("_K")
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session as the other rooms see it."""
+
+    id: str
+    node_id: str
+    user_id: str
+    protocol: str
+    username: str  # of the login; empty for WireGuard
+    connection_id: str | None
+    remote: str  # host:port of the client
+    address: str  # inside the tunnel, "" where that is not known
+    started_at: datetime
+    ended_at: datetime | None
+    end_reason: str | None
+    rx: int  # bytes from the client
+    tx: int
+    exact: bool  # False = inferred from handshakes and traffic
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A session in memory; times are Unix seconds."""
+
+    node_id: str
+    id: str
+    user_id: str
+    protocol: str
+    username: str
+    connection_id: str | None
+    remote: str
+    address: str
+    since: int
+    exact: bool
+    rx: int = 0
+    tx: int = 0
+    ended: int = 0
+    reason: str = ""
+    heard: float = 0.0  # when its counters last moved
+    stored: bool = False
+    reopened: bool = False  # it is stored as ended
+    quarantined: bool = False
+
+    @property
+    def key(self) -> Key:
+        return self.node_id, self.id
+
+    def shown(self) -> Session:
+        return Session(
+            self.id,
+            self.node_id,
+            self.user_id,
+            self.protocol,
+            self.username,
+            self.connection_id,
+            self.remote,
+            self.address,
+            datetime.fromtimestamp(self.since, UTC),
+            datetime.fromtimestamp(self.ended, UTC) if self.ended else None,
+            self.reason or None,
+            self.rx,
+            self.tx,
+            self.exact,
+        )
+
+
+@dataclass(slots=True)
+class Counted:
+    """What a report brought."""
+
+    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)  # protocol -> rx, tx
+    connections: list[tuple[str, int, int]] = field(default_factory=list)  # that live: id, rx, tx
+    quarantined: list[Entry] = field(default_factory=list)
+    refused: int = 0  # sessions of accounts that do not exist, or may not be on the node
+
+
+@dataclass(slots=True)
+class Batch:
+    """What is to be written together."""
+
+    sessions: dict[Key, Entry] = field(default_factory=dict)
+    moved: dict[UsageKey, tuple[int, int]] = field(default_factory=dict)
+    used: dict[tuple[str, int], int] = field(default_factory=dict)  # node id, account -> the node's own count
+
+    def __bool__(self) -> bool:
+        return bool(self.sessions or self.moved or self.used)
+
+
+@dataclass(frozen=True, slots=True)
+class RollCall:
+    """A node's first report of a link: all of its sessions that live."""
+
+    present: frozenset[str]
+
+
+class Book:
+    def __init__(self, max_bytes_per_second: int, new_id: Callable[[], str]) -> None:
+        self._max_bytes_per_second = max_bytes_per_second
+        self._new_id = new_id
+        self.strange: dict[str, dict[str, SessionStats]] = {}  # node -> id -> newest sample, to be looked up
+        self.calls: dict[str, RollCall] = {}  # node -> what it said; its sessions are to be read anew
+        self._nodes: dict[str, dict[str, Entry]] = {}
+        self._users: dict[str, dict[Key, Entry]] = {}
+        self._connections: dict[str, dict[Key, Entry]] = {}
+        self._batch = Batch()
+
+    def __iter__(self) -> Iterator[Entry]:
+        for entries in self._nodes.values():
+            yield from entries.values()
+
+    def of_user(self, user_id: str) -> Collection[Entry]:
+        return self._users.get(user_id, {}).values()
+
+    def of_node(self, node_id: str) -> Collection[Entry]:
+        return self._nodes.get(node_id, {}).values()
+
+    def of_connection(self, connection_id: str) -> Collection[Entry]:
+        return self._connections.get(connection_id, {}).values()
+
+    def get(self, node_id: str, session_id: str) -> Entry | None:
+        return self._nodes.get(node_id, {}).get(session_id)
+
+    def counts(self) -> Mapping[tuple[str, str], int]:
+        """(node id, protocol) -> sessions."""
+        return Counter((entry.node_id, entry.protocol) for entry in self)
+
+    def add(self, entry: Entry) -> None:
+        self._nodes.setdefault(entry.node_id, {})[entry.id] = entry
+        self._users.setdefault(entry.user_id, {})[entry.key] = entry
+        if entry.connection_id is not None:
+            self._connections.setdefault(entry.connection_id, {})[entry.key] = entry
+
+    def record(self, node_id: str, report: Report, now: float) -> Counted:
+        """Count a report that is new."""
+        counted = Counted()
+        if report.complete:
+            # A link begins: another controller may have counted this node meanwhile, and the node may have lost its
+            # disk. What is said of it is compared with the database before anything is counted.
+            self.calls[node_id] = RollCall(frozenset(sample.id for sample in report.sessions if not sample.ended))
+            self._batch.used = {key: used for key, used in self._batch.used.items() if key[0] != node_id}
+        entries = {} if node_id in self.calls else self._nodes.get(node_id, {})
+        for sample in report.sessions:
+            entry = entries.get(sample.id)
+            if entry is not None and entry.exact:
+                self._count(entry, sample, now, counted)
+            else:
+                strange = self.strange.setdefault(node_id, {})
+                if len(strange) < MAX_STRANGE or sample.id in strange:
+                    strange[sample.id] = sample
+        for usage in report.usage:
+            key = node_id, usage.account
+            self._batch.used[key] = max(self._batch.used.get(key, 0), usage.used)
+        return counted
+
+    def adopt(
+        self,
+        node_id: str,
+        asked: Collection[str],
+        call: RollCall | None,
+        found: Iterable[Entry],
+        owners: Mapping[str, str],
+        now: float,
+    ) -> Counted:
+        """Take in what the database has of a node's strange sessions, and count what was said of them.
+
+        `owners` has the user of each session that may be new; the others are nobody's. After a roll call `found` has
+        all that are open in the database, and those that the node does not have any more end.
+        """
+        counted = Counted()
+        if call is not None and self.calls.get(node_id) is call:
+            del self.calls[node_id]
+        else:
+            call = None
+        ended: dict[str, Entry] = {}
+        for stored in found:
+            entry = self.get(node_id, stored.id)
+            if entry is not None:
+                entry.rx, entry.tx = max(entry.rx, stored.rx), max(entry.tx, stored.tx)
+            elif stored.ended:
+                ended[stored.id] = stored
+            else:
+                self.add(stored)
+        strange = self.strange.get(node_id, {})
+        for session_id in asked:
+            sample = strange.pop(session_id, None)
+            if sample is None:
+                continue
+            entry = self.get(node_id, session_id) or self._reopened(ended.get(session_id))
+            if entry is None and session_id in owners and _fit(sample):
+                entry = _entry(node_id, owners[session_id], sample, now)
+                self.add(entry)
+            if entry is None or not entry.exact:
+                counted.refused += 1
+            else:
+                self._count(entry, sample, now, counted)
+        if not strange:
+            self.strange.pop(node_id, None)
+        if call is not None:
+            gone = [entry for entry in self.of_node(node_id) if entry.exact and entry.id not in call.present]
+            for entry in gone:
+                self.end(entry, int(now), "lost")
+        return counted
+
+    def infer(
+        self,
+        connection_id: str,
+        user_id: str,
+        node_id: str,
+        *,
+        rx: int,
+        tx: int,
+        heard: bool,
+        handshake: int,
+        remote: str,
+        now: float,
+    ) -> None:
+        """A WireGuard connection moved bytes; `heard` = from the client. `handshake`: Unix seconds, 0 = never."""
+        if rx or tx:
+            self._moved(user_id, node_id, Protocol.WIREGUARD, rx, tx, now)
+        entry = next(iter(self.of_connection(connection_id)), None)
+        if entry is None:
+            if not heard or not handshake:
+                return
+            entry = Entry(
+                node_id, self._new_id(), user_id, Protocol.WIREGUARD, "", connection_id, "", "", handshake, exact=False
+            )
+            self.add(entry)
+        entry.rx, entry.tx = entry.rx + rx, entry.tx + tx
+        if heard:
+            entry.heard = now
+            entry.remote = remote if remote.isprintable() else ""
+        self._batch.sessions[entry.key] = entry
+
+    def end_silent(self, now: float) -> None:
+        silent = [entry for entry in self if not entry.exact and now - entry.heard >= SILENCE]
+        for entry in silent:
+            self.end(entry, int(entry.heard), "silent")
+
+    def end_connection(self, connection_id: str, moment: int, reason: str) -> None:
+        """The WireGuard connection ended; of other protocols the node says when their sessions end."""
+        for entry in list(self.of_connection(connection_id)):
+            if not entry.exact:
+                self.end(entry, moment, reason)
+
+    def end(self, entry: Entry, moment: int, reason: str) -> None:
+        entry.ended, entry.reason = max(moment, entry.since), reason
+        self._drop(entry)
+        self._batch.sessions[entry.key] = entry
+
+    def forget_users(self, user_ids: Collection[str]) -> None:
+        """They were deleted, with all that was stored of them."""
+        for user_id in user_ids:
+            for entry in list(self.of_user(user_id)):
+                self._drop(entry)
+        batch = self._batch
+        batch.sessions = {key: entry for key, entry in batch.sessions.items() if entry.user_id not in user_ids}
+        batch.moved = {key: moved for key, moved in batch.moved.items() if key[0] not in user_ids}
+
+    def take(self) -> Batch:
+        """What changed since the last call; `put_back` where it could not be written."""
+        taken, self._batch = self._batch, Batch()
+        return taken
+
+    def written(self, batch: Batch) -> None:
+        for entry in batch.sessions.values():
+            entry.stored, entry.reopened = True, False
+
+    def put_back(self, batch: Batch) -> None:
+        newer, self._batch = self._batch, batch
+        batch.sessions |= newer.sessions
+        for usage, (rx, tx) in newer.moved.items():
+            former = batch.moved.get(usage, (0, 0))
+            batch.moved[usage] = former[0] + rx, former[1] + tx
+        for lease, used in newer.used.items():
+            batch.used[lease] = max(batch.used.get(lease, 0), used)
+
+    def _count(self, entry: Entry, sample: SessionStats, now: float, counted: Counted) -> None:
+        rx, tx = max(sample.rx - entry.rx, 0), max(sample.tx - entry.tx, 0)  # a falling counter is no news
+        if rx or tx:
+            if max(rx, tx) <= self._max_bytes_per_second * (max(now - entry.heard, 0.0) + _GRACE):
+                entry.rx += rx
+                entry.tx += tx
+                entry.heard = now
+                self._moved(entry.user_id, entry.node_id, entry.protocol, rx, tx, now)
+                former = counted.traffic.get(entry.protocol, (0, 0))
+                counted.traffic[entry.protocol] = former[0] + rx, former[1] + tx
+            else:
+                rx = tx = 0
+                counted.quarantined.append(entry)
+        if entry.connection_id is not None:
+            counted.connections.append((entry.connection_id, rx, tx))
+        if sample.ended:
+            self.end(entry, min(sample.ended, int(now)), _text(sample.reason))
+        else:
+            self._batch.sessions[entry.node_id, entry.id] = entry
+
+    def _moved(self, user_id: str, node_id: str, protocol: str, rx: int, tx: int, now: float) -> None:
+        key = user_id, node_id, protocol, int(now) // HOUR * HOUR
+        moved = self._batch.moved
+        former = moved.get(key)
+        moved[key] = (rx, tx) if former is None else (former[0] + rx, former[1] + tx)
+
+    def _reopened(self, entry: Entry | None) -> Entry | None:
+        """One that was given up too early: the node still has news of it."""
+        if entry is not None:
+            entry.ended, entry.reason, entry.reopened = 0, "", True
+            self.add(entry)
+        return entry
+
+    def _drop(self, entry: Entry) -> None:
+        _remove(self._nodes, entry.node_id, entry.id)
+        _remove(self._users, entry.user_id, entry.key)
+        if entry.connection_id is not None:
+            _remove(self._connections, entry.connection_id, entry.key)
+
+
+def _remove(index: dict[str, dict[_K, Entry]], name: str, key: _K) -> None:
+    held = index.get(name)
+    if held is not None:
+        held.pop(key, None)
+        if not held:
+            del index[name]
+
+
+def _fit(sample: SessionStats) -> bool:
+    """Whether it can be stored; a node may be broken, or somebody else's by now."""
+    return 1 <= len(sample.id) <= _MAX_ID and sample.id.isprintable() and sample.protocol in _EXACT
+
+
+def _text(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _entry(node_id: str, user_id: str, sample: SessionStats, now: float) -> Entry:
+    since = min(sample.since, int(now))
+    return Entry(
+        node_id,
+        sample.id,
+        user_id,
+        sample.protocol,
+        _text(sample.username),
+        _text(sample.connection) or None,
+        _text(sample.remote),
+        _text(sample.address),
+        since,
+        exact=True,
+        heard=max(since, now - LONGEST),
+    )
