@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from controller.tunnels.counters import Counters, count, plausible
+from controller.tunnels.counters import MAX_COUNT, Counters, count, plausible
 from shared.keys import KEY_BYTES
 from shared.protocol import PeerStats, Report
+from shared.resource import Protocol
 
 _FORMER_BOOTS = 8
 _MAX_UNKNOWN = 20_000
@@ -19,9 +20,14 @@ PeerKey = tuple[str, bytes]  # node id, public key
 
 @dataclass(slots=True)
 class Entry:
-    """A live connection. `last_handshake` is the peer's as reported, `handshake_at` only this connection's own."""
+    """A live connection. `last_handshake` is the peer's as reported, `handshake_at` only this connection's own.
+
+    Of other protocols than WireGuard both counters and `handshake_at` (the last sign of life) are of its sessions.
+    """
 
     id: str
+    user_id: str
+    protocol: str
     peer: PeerKey
     counters: Counters
     last_handshake: int  # Unix seconds, 0 = never
@@ -58,11 +64,22 @@ class Mark:
 
 
 @dataclass(slots=True)
+class Moved:
+    """What came of one peer's sample."""
+
+    entry: Entry
+    rx: int
+    tx: int
+    heard: bool  # from the client: bytes or a handshake
+    remote: str
+
+
+@dataclass(slots=True)
 class Recorded:
     """What a report brought."""
 
-    rx: int = 0
-    tx: int = 0
+    new: bool = True  # False = it was counted before
+    moved: list[Moved] = field(default_factory=list)
     quarantined: list[Entry] = field(default_factory=list)
 
 
@@ -92,13 +109,13 @@ class Ledger:
         entry.tell()
 
     def record(self, node_id: str, report: Report, now: datetime) -> Recorded:
-        recorded = Recorded()
         self.reporting.add(node_id)
+        recorded = Recorded()
         mark = self.marks.get(node_id)
         if mark is None:
             self.marks[node_id] = Mark(report.boot_id, report.sequence)
         elif not mark.advance(report):
-            return recorded
+            return Recorded(new=False)
         for sample in report.peers:
             entry = self._peers.get((node_id, sample.public_key))
             if entry is not None:
@@ -119,18 +136,31 @@ class Ledger:
             self.unknown.pop((node_id, public_key), None)
         return recorded
 
+    def serve(self, connection_id: str, rx: int, tx: int, now: datetime) -> None:
+        """A session of the connection moved bytes, or at least lives."""
+        entry = self.entries.get(connection_id)
+        if entry is None or entry.protocol == Protocol.WIREGUARD:
+            return
+        former = entry.counters
+        entry.counters = replace(former, rx=min(former.rx + rx, MAX_COUNT), tx=min(former.tx + tx, MAX_COUNT))
+        entry.handshake_at = now
+        entry.tell()
+        self.changed[entry.id] = entry
+
     def _count(self, entry: Entry, generation: str, sample: PeerStats, now: datetime, recorded: Recorded) -> None:
         before = entry.counters
         after = count(before, generation, sample.rx, sample.tx)
         if plausible(before, after, (now - entry.counted_at).total_seconds(), self._max_bytes_per_second):
             entry.counters, entry.counted_at = after, now
-            recorded.rx += after.rx - before.rx
-            recorded.tx += after.tx - before.tx
         else:
+            after = before
             recorded.quarantined.append(entry)
+        heard = after.rx > before.rx
         handshake = min(sample.handshake, int(now.timestamp()))  # a node's clock may be ahead, or absurd
         if handshake > entry.last_handshake:
             entry.last_handshake = handshake
             entry.handshake_at = datetime.fromtimestamp(handshake, UTC)
             entry.tell()
+            heard = True
+        recorded.moved.append(Moved(entry, after.rx - before.rx, after.tx - before.tx, heard, sample.endpoint))
         self.changed[entry.id] = entry

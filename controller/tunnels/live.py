@@ -1,33 +1,46 @@
-"""Live connections: reports are counted in memory at once, and written to the database in batches."""
+"""Live connections and sessions: reports are counted in memory at once, and written to the database in batches."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 import structlog
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
+from controller.access.owners import owners
+from controller.accounts import rows as accounts
+from controller.store.bulk import batched
 from controller.store.database import Committed, Database, StoreUnavailable, Topic
+from controller.store.types import new_id
 from controller.store.types import now as utc_now
 from controller.tunnels.counters import Counters
 from controller.tunnels.ledger import Entry, Ledger, Mark, Recorded
 from controller.tunnels.metrics import Metrics
 from controller.tunnels.status import Status, status
 from controller.tunnels.tables import ConnectionRow, ReportMarkRow
+from controller.usage.book import Book, Counted
+from controller.usage.records import Changes, Records, Written
 from shared.protocol import Report
+from shared.resource import Protocol
 
 FLUSH_INTERVAL = 2.0  # seconds
+_HURRY = 0.1  # seconds after something that somebody waits for: a session began or ended
 _OVERLAP = timedelta(minutes=5)  # ended rows are looked for again so long: commits and clocks are not in one order
 _CHUNK = 500  # engines limit the parameters of a statement
+_MANY = 20_000  # sessions that are looked up at a time
 
 log = structlog.get_logger()
 
 Stored = Callable[[str, int], None]
+OnWritten = Callable[[Written], None]
 
 
 class Traffic(NamedTuple):
@@ -35,14 +48,15 @@ class Traffic(NamedTuple):
 
     rx: int
     tx: int
-    handshake_at: datetime | None
+    handshake_at: datetime | None  # of other protocols: the last sign of life
+    live: bool | None = None  # whether it has a session; None = WireGuard, by the handshake
 
 
 class LiveStates:
     """`load` before the first report, then `run` until the end. `record` never waits.
 
-    Counters, sums and the node's newest report number are committed together, so a crash of the controller, a
-    repeated report and a restarted node change no sum.
+    Counters, sessions, sums and the node's newest report number are committed together, so a crash of the controller,
+    a repeated report and a restarted node change no sum.
     """
 
     def __init__(
@@ -59,21 +73,36 @@ class LiveStates:
         self._interval = interval
         self._clock = clock
         self._ledger = Ledger(max_bytes_per_second)
+        self.book = Book(max_bytes_per_second, new_id)
+        self._records = Records(database)
         self._listeners: list[Stored] = []
+        self._followers: list[OnWritten] = []
+        self._hurry = asyncio.Event()
+        self._flushing = asyncio.Lock()
         self._marked: set[str] = set()  # nodes whose mark has a row
         self._ends_moved = False
         self._ends_seen = clock()
         self._failing = False
         database.listen(self._committed)
-        metrics.watch(self.count_states)
+        metrics.watch(self.count_states, self.book.counts)
 
     def on_stored(self, listener: Stored) -> None:
         """Call `listener(node_id, sequence)` when reports up to that one are in the database, to be acknowledged."""
         self._listeners.append(listener)
 
+    def on_written(self, follower: OnWritten) -> None:
+        """Call `follower(written)` after each commit of what was reported; it must not block."""
+        self._followers.append(follower)
+
+    def marked(self, node_id: str) -> int:
+        """The number of the node's newest report that is counted, stored or not."""
+        mark = self._ledger.marks.get(node_id)
+        return mark.sequence if mark is not None else 0
+
     async def load(self) -> None:
         """Read where the last process stopped."""
         async with self._database.connect() as connection:
+            await self._records.load(connection, self.book, self._clock().timestamp())
             for row in await connection.execute(_LIVE):
                 self._ledger.add(_entry(row))
             for row in await connection.execute(sa.select(ReportMarkRow.__table__)):
@@ -84,14 +113,23 @@ class LiveStates:
         """Write what changed every few seconds, and at the end."""
         try:
             while True:
-                await asyncio.sleep(self._interval)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._interval):
+                        await self._hurry.wait()
+                        await asyncio.sleep(_HURRY)
                 await self.flush()
         finally:
             await self.flush()
 
     def record(self, node_id: str, report: Report) -> None:
         """Count a report. A repeated or late one, and unknown peers, change nothing."""
-        self._account(node_id, self._ledger.record(node_id, report, self._clock()))
+        moment = self._clock()
+        recorded = self._ledger.record(node_id, report, moment)
+        self._account(node_id, recorded, moment)
+        if recorded.new:
+            self._settle(node_id, self.book.record(node_id, report, moment.timestamp()), moment)
+            if report.usage or self.book.strange or self.book.calls:
+                self._hurry.set()
 
     def begin(self, row: ConnectionRow) -> None:
         """A new connection is committed. What its peer counted before, for an earlier connection, is not its own."""
@@ -106,7 +144,9 @@ class LiveStates:
     def get(self, connection_id: str) -> Traffic | None:
         """What is newer than the row, or None where nothing is."""
         entry = self._ledger.entries.get(connection_id)
-        return Traffic(entry.counters.rx, entry.counters.tx, entry.handshake_at) if entry is not None else None
+        if entry is None:
+            return None
+        return Traffic(entry.counters.rx, entry.counters.tx, entry.handshake_at, self._is_live(entry))
 
     def baseline(self, node_id: str, public_key: bytes) -> tuple[Counters, int] | None:
         """Where a new connection of this peer begins to count, and the handshake that is not its own."""
@@ -115,14 +155,16 @@ class LiveStates:
 
     def count_states(self) -> Mapping[Status, int]:
         now = self._clock()
-        return Counter(status(None, entry.handshake_at, now) for entry in self._ledger.entries.values())
+        return Counter(
+            status(None, entry.handshake_at, now, self._is_live(entry)) for entry in self._ledger.entries.values()
+        )
 
     async def wait_connected(self, connection_id: str, timeout: float) -> bool:
         """Wait for a live handshake; False where the time is over or the connection ends."""
         try:
             async with asyncio.timeout(timeout):
                 while (entry := self._ledger.entries.get(connection_id)) is not None:
-                    if status(None, entry.handshake_at, self._clock()) is Status.CONNECTED:
+                    if status(None, entry.handshake_at, self._clock(), self._is_live(entry)) is Status.CONNECTED:
                         return True
                     if entry.heard is None:
                         entry.heard = asyncio.Event()
@@ -133,11 +175,22 @@ class LiveStates:
 
     async def flush(self) -> None:
         """Write what changed since the last flush. What could not be written stays for the next one."""
+        async with self._flushing:
+            await self._flush()
+
+    async def _flush(self) -> None:
+        self._hurry.clear()
+        self.book.end_silent(self._clock().timestamp())
         try:
-            while self._ledger.unknown:
+            while self._ledger.unknown or self.book.strange or self.book.calls:
                 await self._look_up()
+                await self._look_up_sessions()
             # No await between the look-up and taking the batch: marks and counts have to be of the same moment.
-            await self._write()
+            try:
+                await self._write()
+            except IntegrityError:
+                await self._forget_deleted()
+                await self._write()
             if self._ends_moved:
                 await self._drop_ended()
         except StoreUnavailable:
@@ -152,14 +205,49 @@ class LiveStates:
     def _committed(self, committed: Committed) -> None:
         if Topic.CONNECTIONS in committed.topics:
             self._ends_moved = True
+            self._hurry.set()
 
-    def _account(self, node_id: str, recorded: Recorded) -> None:
-        self._metrics.count_traffic(node_id, recorded.rx, recorded.tx)
+    def _is_live(self, entry: Entry) -> bool | None:
+        return None if entry.protocol == Protocol.WIREGUARD else bool(self.book.of_connection(entry.id))
+
+    def _account(self, node_id: str, recorded: Recorded, moment: datetime) -> None:
+        now, rx, tx = moment.timestamp(), 0, 0
+        for moved in recorded.moved:
+            rx, tx = rx + moved.rx, tx + moved.tx
+            entry = moved.entry
+            self.book.infer(
+                entry.id,
+                entry.user_id,
+                node_id,
+                rx=moved.rx,
+                tx=moved.tx,
+                heard=moved.heard,
+                handshake=int(entry.handshake_at.timestamp()) if entry.handshake_at is not None else 0,
+                remote=moved.remote,
+                now=now,
+            )
+        self._metrics.count_traffic(node_id, Protocol.WIREGUARD, rx, tx)
         for entry in recorded.quarantined:
             self._metrics.count_quarantine()
             if not entry.quarantined:
                 entry.quarantined = True
                 log.warning("tunnels.counter_quarantined", connection_id=entry.id, node_id=node_id)
+
+    def _settle(self, node_id: str, counted: Counted, moment: datetime) -> None:
+        for protocol, (rx, tx) in counted.traffic.items():
+            self._metrics.count_traffic(node_id, protocol, rx, tx)
+        for connection_id, rx, tx in counted.connections:
+            self._ledger.serve(connection_id, rx, tx, moment)
+        for entry in counted.quarantined:
+            self._metrics.count_quarantine()
+            if not entry.quarantined:
+                entry.quarantined = True
+                log.warning("tunnels.counter_quarantined", session_id=entry.id, node_id=node_id)
+        if counted.refused:
+            self._metrics.count_refused_sessions(node_id, counted.refused)
+            log.warning("tunnels.sessions_refused", node_id=node_id, count=counted.refused)
+        if counted.news:
+            self._hurry.set()
 
     async def _look_up(self) -> None:
         """Peers that are not in memory: another process may have made their connections."""
@@ -171,13 +259,63 @@ class LiveStates:
                 rows = await connection.execute(
                     _LIVE.where(ConnectionRow.node_id == node_id, ConnectionRow.public_key.in_(keys))
                 )
-                self._account(node_id, self._ledger.adopt(node_id, keys, map(_entry, rows), self._clock()))
+                moment = self._clock()
+                self._account(node_id, self._ledger.adopt(node_id, keys, map(_entry, rows), moment), moment)
+
+    async def _look_up_sessions(self) -> None:
+        """Sessions that are not in memory: new ones, ended ones, and all of a node whose link begins."""
+        for node_id in sorted(self.book.strange.keys() | self.book.calls.keys()):
+            call = self.book.calls.get(node_id)
+            asked = list(islice(self.book.strange.get(node_id, {}), _MANY))
+            async with self._database.connect() as connection:
+                now = self._clock().timestamp()
+                found = await self._records.find(connection, node_id, asked, all_open=call is not None, now=now)
+                known = {entry.id for entry in found}
+                new = [session_id for session_id in asked if session_id not in known]
+                owned = await self._owners(connection, node_id, new)
+            moment = self._clock()
+            counted = self.book.adopt(node_id, asked, call, found, owned, moment.timestamp())
+            self._settle(node_id, counted, moment)
+
+    async def _owners(self, connection: AsyncConnection, node_id: str, session_ids: list[str]) -> dict[str, str]:
+        """The user of each new session whose account has, or had, the login that it is said to have come in by."""
+        strange = self.book.strange.get(node_id, {})
+        samples = [strange[session_id] for session_id in session_ids if session_id in strange]
+        users = await self._records.users(connection, {sample.account for sample in samples})
+        logins = await owners(connection, {(sample.protocol, sample.username) for sample in samples})
+        ended = {
+            sample.connection
+            for sample in samples
+            if sample.connection and (sample.protocol, sample.username) not in logins
+        }
+        connections = await _connections(connection, node_id, ended)
+        owned: dict[str, str] = {}
+        for sample in samples:
+            user_id = users.get(sample.account)
+            login = logins.get((sample.protocol, sample.username))
+            if login is not None:
+                owner = login.user_id if login.node_id in (None, node_id) else None
+            else:
+                owner = connections.get(sample.connection)
+            if user_id is not None and owner == user_id:
+                owned[sample.id] = user_id
+        return owned
+
+    async def _forget_deleted(self) -> None:
+        """Accounts were deleted while their sessions moved bytes: there is nobody to count them for."""
+        batch = self.book.take()
+        users = {entry.user_id for entry in batch.sessions.values()} | {key[0] for key in batch.moved}
+        self.book.put_back(batch)
+        async with self._database.connect() as connection:
+            self.book.forget_users(users - await accounts.existing(connection, users))
 
     async def _write(self) -> None:
         changed, self._ledger.changed = self._ledger.changed, {}
         reporting, self._ledger.reporting = self._ledger.reporting, set()
-        if not changed and not reporting:
+        batch = self.book.take()
+        if not changed and not reporting and not batch:
             return
+        changes = Changes(batch)
         rows = [_row(entry) for _, entry in sorted(changed.items())]
         marks = {node_id: _mark(node_id, self._ledger.marks[node_id]) for node_id in sorted(reporting)}
         try:
@@ -189,14 +327,19 @@ class LiveStates:
                     await connection.execute(_UPDATE_MARK, known)
                 if new := [mark for node_id, mark in marks.items() if node_id not in self._marked]:
                     await connection.execute(_INSERT_MARK, new)
+                written = await self._records.write(connection, changes)
         except BaseException:
+            self.book.put_back(batch)
             self._ledger.changed = changed | self._ledger.changed
             self._ledger.reporting |= reporting
             raise
+        self.book.written(batch)
         self._marked |= marks.keys()
         for node_id, mark in marks.items():
             for listener in self._listeners:
                 listener(node_id, mark["new_sequence"])
+        for follower in self._followers:
+            follower(written)
 
     async def _drop_ended(self) -> None:
         """Forget connections that were ended, here or by another process, after their last counts are written."""
@@ -205,7 +348,9 @@ class LiveStates:
         try:
             async with self._database.connect() as connection:
                 ended = await connection.execute(
-                    sa.select(ConnectionRow.id).where(ConnectionRow.ended_at > self._ends_seen - _OVERLAP)
+                    sa.select(ConnectionRow.id, ConnectionRow.ended_at, ConnectionRow.end_reason).where(
+                        ConnectionRow.ended_at > self._ends_seen - _OVERLAP
+                    )
                 )
         except StoreUnavailable:
             self._ends_moved = True
@@ -214,6 +359,7 @@ class LiveStates:
         for row in ended:
             if row.id not in self._ledger.changed:
                 self._ledger.drop(row.id)
+                self.book.end_connection(row.id, int(row.ended_at.timestamp()), row.end_reason or "")
             else:
                 self._ends_moved = True
 
@@ -221,7 +367,9 @@ class LiveStates:
 _COUNTS = ("generation", "last_rx", "last_tx", "last_handshake", "rx", "tx", "handshake_at")
 _LIVE = sa.select(
     ConnectionRow.id,
+    ConnectionRow.user_id,
     ConnectionRow.node_id,
+    ConnectionRow.protocol,
     ConnectionRow.public_key,
     ConnectionRow.created_at,
     *(getattr(ConnectionRow, name) for name in _COUNTS),
@@ -242,10 +390,25 @@ _INSERT_MARK = sa.insert(ReportMarkRow.__table__).values(  # type: ignore[arg-ty
 )
 
 
+async def _connections(connection: AsyncConnection, node_id: str, ids: Collection[str]) -> dict[str, str]:
+    """The user of each of the node's connections, also of ended ones."""
+    found: dict[str, str] = {}
+    for chunk in batched(sorted(ids)):
+        rows = await connection.execute(
+            sa.select(ConnectionRow.id, ConnectionRow.user_id).where(
+                ConnectionRow.node_id == node_id, ConnectionRow.id.in_(chunk)
+            )
+        )
+        found |= {row.id: row.user_id for row in rows}
+    return found
+
+
 def _entry(row: Any) -> Entry:
     """From a row of `_LIVE` or a whole ConnectionRow."""
     return Entry(
         id=row.id,
+        user_id=row.user_id,
+        protocol=row.protocol,
         peer=(row.node_id, row.public_key),
         counters=Counters(row.generation, row.last_rx, row.last_tx, row.rx, row.tx),
         last_handshake=row.last_handshake,

@@ -1,4 +1,4 @@
-"""What a connection's state is called, by the handshakes that its node has seen."""
+"""What a connection's state is called, by its sessions, or by the handshakes that its node has seen."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ class Status(StrEnum):
     DISCONNECTED = "disconnected"
 
 
-def status(ended_at: datetime | None, handshake_at: datetime | None, now: datetime) -> Status:
-    """Connecting until the first handshake, disconnected once ended or silent; a silent one that speaks is back."""
+def status(ended_at: datetime | None, handshake_at: datetime | None, now: datetime, live: bool | None = None) -> Status:
+    """Connecting until the first handshake, disconnected once ended or silent; a silent one that speaks is back.
+
+    `live`: whether a protocol that has sessions has one; None = WireGuard.
+    """
     if ended_at is not None:
         return Status.DISCONNECTED
     if handshake_at is None:
         return Status.CONNECTING
-    return Status.CONNECTED if now - handshake_at < SILENT_AFTER else Status.DISCONNECTED
+    if live is None:
+        live = now - handshake_at < SILENT_AFTER
+    return Status.CONNECTED if live else Status.DISCONNECTED

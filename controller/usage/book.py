@@ -97,6 +97,7 @@ class Counted:
     traffic: dict[str, tuple[int, int]] = field(default_factory=dict)  # protocol -> rx, tx
     connections: list[tuple[str, int, int]] = field(default_factory=list)  # that live: id, rx, tx
     quarantined: list[Entry] = field(default_factory=list)
+    news: bool = False  # a session began or ended
     refused: int = 0  # sessions of accounts that do not exist, or may not be on the node
 
 
@@ -316,6 +317,7 @@ class Book:
         if entry.connection_id is not None:
             counted.connections.append((entry.connection_id, rx, tx))
         if sample.ended:
+            counted.news = True
             self.end(entry, min(sample.ended, int(now)), _text(sample.reason))
         else:
             self._batch.sessions[entry.node_id, entry.id] = entry
