@@ -1,0 +1,192 @@
+"""sshd's processes as /proc shows them (proc(5)), and the one call that tells who is at the far end of one.
+
+Reading /proc starts nothing and waits for nobody, but a host has many processes: call these in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.drivers.ssh.passwd import UIDS
+from agent.drivers.ssh.rules import Client
+
+_PROC = Path("/proc")
+_TICKS = os.sysconf("SC_CLK_TCK")
+_MONITOR = re.compile(r"sshd(?:-session)?: (\S+) \[priv\]")
+_PIDFD_GETFD = 438  # the same on all architectures
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(slots=True)
+class Process:
+    """A process held by a descriptor, so that its number cannot become another's."""
+
+    pid: int
+    started: int  # clock ticks since boot
+    descriptor: int
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.descriptor, signal.SIGKILL)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+@dataclass(slots=True)
+class Found:
+    """A session: the user's process, and root's that watches over it (None where that one has ended)."""
+
+    uid: int
+    name: str  # as the monitor's title says it, "" without one
+    client: Client
+    since: int
+    process: Process
+    monitor: Process | None
+
+
+def hold(pid: int) -> Process | None:
+    """None where it has ended."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    started = _start(pid)
+    if started is None:
+        os.close(descriptor)
+        return None
+    return Process(pid, started, descriptor)
+
+
+def children(pid: int) -> list[int]:
+    text = _read(f"{pid}/task/{pid}/children")
+    return [int(each) for each in text.split()]
+
+
+def find_listener(config: Path) -> int | None:
+    """The sshd that was started with this file, in this network namespace."""
+    for pid in _pids():
+        title = _title(pid)
+        if "[listener]" in title and f"-f {config} " in title and _is_here(pid):
+            return pid
+    return None
+
+
+def is_listener(pid: int, config: Path) -> bool:
+    title = _title(pid)
+    return "[listener]" in title and f"-f {config} " in title
+
+
+def monitored(pid: int) -> str:
+    """The user name that a client of this child of the listener has given, whether it is in or not; "" = none yet."""
+    found = _MONITOR.match(_title(pid))
+    return found[1] if found else ""
+
+
+def session_of(monitor: int) -> Found | None:
+    """The session that this child of the listener watches over; None where its client is not in (yet)."""
+    for pid in children(monitor):
+        if _user(pid)[0] in UIDS:
+            return _found(pid, monitor)
+    return None
+
+
+def all_sessions() -> list[Found]:
+    """All of this network namespace, also those whose listener has ended: looks at every process of the host."""
+    found: list[Found] = []
+    for pid in _pids():
+        uid, parent = _user(pid)
+        if uid in UIDS and _is_here(pid):
+            session = _found(pid, parent if parent is not None and monitored(parent) else None)
+            if session is not None:
+                found.append(session)
+    return found
+
+
+def _found(pid: int, parent: int | None) -> Found | None:
+    process = hold(pid)
+    if process is None:
+        return None
+    uid = _user(pid)[0]
+    monitor = hold(parent) if parent is not None else None
+    client = _client(process) or (_client(monitor) if monitor is not None else None)
+    if uid is None or client is None:
+        for each in (process, monitor):
+            if each is not None:
+                each.close()
+        return None
+    started = (monitor or process).started
+    return Found(
+        uid, monitored(parent) if parent is not None else "", client, _boot_time() + started // _TICKS, process, monitor
+    )
+
+
+def _client(process: Process) -> Client | None:
+    """The far end of the connection that carries the session: accepted by root, as no forwarded one was."""
+    with contextlib.suppress(OSError):
+        for path in sorted((_PROC / f"{process.pid}/fd").iterdir(), key=lambda path: int(path.name)):
+            if str(path.readlink()).startswith("socket:") and path.stat().st_uid == 0:
+                client = _peer(process.descriptor, int(path.name))
+                if client is not None:
+                    return client
+    return None
+
+
+def _peer(descriptor: int, number: int) -> Client | None:
+    copy = _libc.syscall(_PIDFD_GETFD, descriptor, number, 0)
+    if copy < 0:
+        return None
+    with socket.socket(fileno=copy) as opened, contextlib.suppress(OSError):
+        if opened.family in (socket.AF_INET, socket.AF_INET6) and opened.type == socket.SOCK_STREAM:
+            host, port, *_ = opened.getpeername()
+            return Client(host.removeprefix("::ffff:").partition("%")[0], port)
+    return None
+
+
+def _pids() -> list[int]:
+    with os.scandir(_PROC) as entries:
+        return [int(entry.name) for entry in entries if entry.name.isdecimal()]
+
+
+def _user(pid: int) -> tuple[int | None, int | None]:
+    """Its real uid and its parent. Not the owner of its directory, who is root for a process that changed its uid."""
+    fields = dict(line.split(":", 1) for line in _read(f"{pid}/status").split("\n") if ":" in line)
+    if "Uid" not in fields:
+        return None, None
+    return int(fields["Uid"].split()[0]), int(fields["PPid"])
+
+
+def _start(pid: int) -> int | None:
+    rest = _read(f"{pid}/stat").rpartition(")")[2].split()
+    return int(rest[19]) if len(rest) > 19 else None
+
+
+def _title(pid: int) -> str:
+    return _read(f"{pid}/cmdline").replace("\0", " ")
+
+
+def _is_here(pid: int) -> bool:
+    try:
+        return (_PROC / f"{pid}/ns/net").readlink() == (_PROC / "thread-self/ns/net").readlink()
+    except OSError:
+        return False
+
+
+def _boot_time() -> int:
+    return round(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
+
+
+def _read(name: str) -> str:
+    """ "" for a process that has ended."""
+    try:
+        return (_PROC / name).read_text(errors="replace")
+    except OSError:
+        return ""

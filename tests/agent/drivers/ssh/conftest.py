@@ -1,0 +1,223 @@
+"""A host with accounts of its own, clients on one side of it and a server on the other; all in namespaces."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.drivers.ssh import Ssh
+from shared import crypt
+from shared.access import Credential
+from shared.resource import Protocol
+from shared.services import SshServer
+from tests.support.netns import Namespace
+
+NODE, CLIENT = "192.0.2.1", "192.0.2.2"
+NODE_INSIDE, FAR = "198.51.100.1", "198.51.100.2"
+PORT, ECHO_PORT = 2222, 7000
+PASSWORD = "correct horse"
+SPEC = SshServer(port=PORT, ipv4_pool="10.70.0.0/24")
+
+_CLONE_NEWNS, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x20000, 4096, 16384, 1 << 18
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def own_etc(directory: Path) -> Iterator[None]:
+    """Give the calling thread, and what it starts, a copy of /etc; nobody else sees what is changed there."""
+    shutil.copytree("/etc", directory, symlinks=True)
+    shadow = Path("/etc/shadow").stat()
+    os.chown(directory / "shadow", shadow.st_uid, shadow.st_gid)
+    directory.chmod(0o755)
+    where = Path.cwd()
+    before = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    _checked(_libc.unshare(_CLONE_NEWNS))
+    try:
+        _checked(_libc.mount(b"", b"/", b"", _MS_REC | _MS_PRIVATE, b""))
+        _checked(_libc.mount(bytes(directory), b"/etc", b"", _MS_BIND, b""))
+        yield
+    finally:
+        _checked(_libc.setns(before, _CLONE_NEWNS))
+        os.close(before)
+        os.chdir(where)
+
+
+def _checked(result: int) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+@dataclass
+class Net:
+    """The three hosts; the test itself is on `node`."""
+
+    node: Namespace
+    client: Namespace
+    far: Namespace
+    directory: Path
+    boot_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    refusals: dict[str, str] = field(default_factory=dict)  # what `admit` says
+    notified: int = 0
+    opened: list[Ssh] = field(default_factory=list)
+
+    def driver(self) -> Ssh:
+        made = Ssh(self.directory / "ssh", boot_id=self.boot_id, admit=self.refusals.get, notify=self._count)
+        self.opened.append(made)
+        return made
+
+    def _count(self) -> None:
+        self.notified += 1
+
+    def argv(self, *options: str, user: str = "alice", key: Path | None = None) -> tuple[str, ...]:
+        by_key = ("-i", str(key), "-o", "IdentitiesOnly=yes", "-o", "PreferredAuthentications=publickey")
+        return (
+            *("ssh", "-F", "none", "-p", str(PORT), "-o", "StrictHostKeyChecking=no", "-o", "LogLevel=ERROR"),
+            *("-o", "UserKnownHostsFile=/dev/null", "-o", "GlobalKnownHostsFile=/dev/null"),
+            *("-o", "NumberOfPasswordPrompts=1", "-o", "ExitOnForwardFailure=yes", "-o", "ConnectTimeout=10"),
+            *(by_key if key is not None else ("-o", "PubkeyAuthentication=no")),
+            *options,
+            f"{user}@{NODE}",
+        )
+
+    def ssh(self, *options: str, user: str = "alice", password: str = PASSWORD, key: Path | None = None) -> Any:
+        """A client that stays: `-N` with these options."""
+        argv = self.argv("-N", *options, user=user, key=key)
+        return self.client.popen(
+            *(("sshpass", "-e") if key is None else ()),
+            *argv,
+            env={"SSHPASS": password},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    async def try_ssh(
+        self, *options: str, command: tuple[str, ...] = (), user: str = "alice", password: str = PASSWORD
+    ) -> tuple[int, str]:
+        """Run a client to its end; return how it ended, and what it said."""
+        process = await asyncio.create_subprocess_exec(
+            *("ip", "netns", "exec", self.client.name, "sshpass", "-e"),
+            *self.argv(*options, user=user),
+            *command,
+            env={**os.environ, "SSHPASS": password},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            async with asyncio.timeout(20):
+                output, _ = await process.communicate()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            raise
+        assert process.returncode is not None
+        return process.returncode, output.decode(errors="replace")
+
+
+def alice(name: str = "alice", *, keys: tuple[str, ...] = (), password: bool = True) -> Credential:
+    return Credential(
+        protocol=Protocol.SSH,
+        username=name,
+        account=1,
+        secret=_hash() if password else "",
+        public_keys=keys,
+    )
+
+
+_HASHES: list[str] = []
+
+
+def _hash() -> str:
+    if not _HASHES:
+        _HASHES.append(crypt.hash_password(PASSWORD))
+    return _HASHES[0]
+
+
+async def eventually(condition: Callable[[], Awaitable[object]], timeout: float = 20) -> None:
+    async with asyncio.timeout(timeout):
+        while not await condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+@contextmanager
+def echo_server(namespace: Namespace, address: str, port: int) -> Iterator[None]:
+    """Sends back what it gets, in this namespace."""
+    with namespace.entered():
+        listener = socket.create_server((address, port))
+
+    def serve(opened: socket.socket) -> None:
+        with opened:
+            while data := opened.recv(65536):
+                opened.sendall(data)
+
+    def accept() -> None:
+        while True:
+            try:
+                opened, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=lambda: _quietly(serve, opened), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+def _quietly(serve: Callable[[socket.socket], None], opened: socket.socket) -> None:
+    try:
+        serve(opened)
+    except OSError:
+        return
+
+
+def connect(namespace: Namespace, port: int, host: str = "127.0.0.1") -> socket.socket:
+    """A connection from inside this namespace."""
+    with namespace.entered():
+        opened = socket.create_connection((host, port), timeout=10)
+    opened.settimeout(10)
+    return opened
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[Path]:
+    with own_etc(tmp_path / "etc"):
+        yield tmp_path
+
+
+@pytest.fixture
+def net(files: Path) -> Iterator[Net]:
+    with Namespace("node") as node, Namespace("client") as client, Namespace("far") as far:
+        node.connect(client, f"{NODE}/24", f"{CLIENT}/24")
+        node.connect(far, f"{NODE_INSIDE}/24", f"{FAR}/24")
+        with node.entered(), echo_server(far, FAR, ECHO_PORT):
+            yield Net(node, client, far, files)
+
+
+@pytest.fixture
+async def driver(net: Net) -> AsyncIterator[Ssh]:
+    """Serving, with one login: alice."""
+    made = net.driver()
+    await made.ensure(SPEC)
+    assert await made.put([alice()]) == {}
+    yield made
+    for opened in net.opened:
+        await opened.close()
