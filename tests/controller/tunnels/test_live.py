@@ -247,8 +247,14 @@ async def test_metrics_count_states_and_bytes(world: Any, made: Connection) -> N
     assert sample("skynetvpn_connections", {"state": "connected"}) == 1
     assert sample("skynetvpn_connections", {"state": "connecting"}) == 1
     assert sample("skynetvpn_connections", {"state": "disconnected"}) == 0
-    assert sample("skynetvpn_traffic_bytes_total", {"direction": "rx", "node": world.nodes[0]}) == 15
-    assert sample("skynetvpn_traffic_bytes_total", {"direction": "tx", "node": world.nodes[0]}) == 20
+    assert (
+        sample("skynetvpn_traffic_bytes_total", {"direction": "rx", "node": world.nodes[0], "protocol": "wireguard"})
+        == 15
+    )
+    assert (
+        sample("skynetvpn_traffic_bytes_total", {"direction": "tx", "node": world.nodes[0], "protocol": "wireguard"})
+        == 20
+    )
 
 
 async def test_counts_survive_a_database_that_is_away_and_are_not_acknowledged_meanwhile(
