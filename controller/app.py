@@ -39,7 +39,10 @@ from controller.fleet.directory import Directory
 from controller.fleet.identities import Identities
 from controller.fleet.metrics import FleetMetrics
 from controller.fleet.progress import Progress
-from controller.fleet.service import Fleet, FleetSettings
+from controller.fleet.protocols import Protocols
+from controller.fleet.service import Fleet
+from controller.fleet.settings import FleetSettings, ProtocolPools
+from controller.fleet.vpnkeys import VpnKeys, load_keys
 from controller.notify import notify, watchdog
 from controller.operations import operations_routes
 from controller.store.database import Database, open_database
@@ -82,6 +85,8 @@ class Controller:
 
     services: Services
     directory: Directory
+    keys: VpnKeys
+    protocols: Protocols
     live: LiveStates
     tunnels: Tunnels
     hub: Hub
@@ -102,6 +107,13 @@ async def services(config: Config) -> AsyncIterator[Services]:
         ipv6_pool=pool.ipv6,
         wireguard_port=config.tunnel.port,
         mtu=config.tunnel.mtu,
+        dns=config.tunnel.dns,
+        pools=ProtocolPools(
+            openvpn_ipv4=config.protocols.openvpn.ipv4_pool,
+            openvpn_ipv6=config.protocols.openvpn.ipv6_pool,
+            ssh_ipv4=config.protocols.ssh.ipv4_pool,
+            l2tp_ipv4=config.protocols.l2tp.ipv4_pool,
+        ),
         certificate_lifetime=timedelta(days=config.certificate_days),
     )
     async with AsyncExitStack() as stack:
@@ -121,6 +133,8 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
     database = services.database
     fleet_metrics = FleetMetrics(registry)
     directory = Directory(database, fleet_metrics)
+    keys = await load_keys(database)
+    protocols = Protocols(database, services.fleet_settings, keys)
     live = LiveStates(
         database,
         TunnelMetrics(registry, directory.name),
@@ -133,6 +147,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         identities,
         Progress(database),
         directory,
+        protocols,
         live.record,
         ChannelMetrics(registry),
     )
@@ -162,6 +177,8 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
     return Controller(
         services,
         directory,
+        keys,
+        protocols,
         live,
         tunnels,
         hub,
@@ -182,7 +199,7 @@ async def serve(config: Config) -> None:
     async with services(config) as opened:
         nodes, clients = _bind(config.node_listen), _bind(config.listen)
         controller = await compose(opened, config, registry)
-        await opened.fleet.apply_settings()
+        await controller.protocols.apply_settings()
         await controller.directory.refresh()
         await controller.live.load()
         async with asyncio.TaskGroup() as tasks:
@@ -206,6 +223,7 @@ def _background(controller: Controller) -> list[asyncio._CoroutineLike[None]]:
     return [
         Watcher(database).run(),
         controller.directory.run(),
+        controller.protocols.run(),
         controller.hub.run(),
         controller.live.run(),
         controller.tunnels.run(),

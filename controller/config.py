@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,31 @@ class Tunnel:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenVpnPools:
+    ipv4_pool: str = field(default="10.67.0.0/16", metadata=check(_pool4))
+    ipv6_pool: str = field(default="fd66:6b7a::/112", metadata=check(_pool6))
+
+
+@dataclass(frozen=True, slots=True)
+class SshPools:
+    ipv4_pool: str = field(default="10.68.0.0/16", metadata=check(_pool4))
+
+
+@dataclass(frozen=True, slots=True)
+class L2tpPools:
+    ipv4_pool: str = field(default="10.69.0.0/16", metadata=check(_pool4))
+
+
+@dataclass(frozen=True, slots=True)
+class Protocols:
+    """Clients' networks beside WireGuard's, the same on every node; all else is set in the running controller."""
+
+    openvpn: OpenVpnPools = OpenVpnPools()
+    ssh: SshPools = SshPools()
+    l2tp: L2tpPools = L2tpPools()
+
+
+@dataclass(frozen=True, slots=True)
 class RateLimit:
     """Requests per client address (IPv6: per /64) in a sliding window; 0 requests = no limit."""
 
@@ -170,6 +196,7 @@ class Config:
     metrics_from: tuple[str, ...] = field(default=("127.0.0.0/8", "::1/128"), metadata=check(_networks))
     passwords: Passwords = Passwords()
     tunnel: Tunnel = Tunnel()
+    protocols: Protocols = Protocols()
     contracts: Contracts = Contracts()
     rate_limits: dict[str, RateLimit] = field(default_factory=dict, metadata=check(_known_contracts))
     plans: dict[str, PlanLimits] = field(default_factory=dict, metadata=check(_known_plans))
@@ -206,7 +233,7 @@ def read_config(path: Path, environ: Mapping[str, str]) -> Config:
         secret_key_file=base / config.secret_key_file,
         database_url=_absolute_sqlite(config.database_url, base),
     )
-    if problems := _dangers(config):
+    if problems := _dangers(config) + _overlaps(config):
         raise SettingsError(str(path), problems)
     return config
 
@@ -259,6 +286,28 @@ def _dangers(config: Config) -> list[str]:
     except OSError as error:
         problems.append(f"secret_key_file: {config.secret_key_file} cannot be read: {error.strerror}")
     return problems
+
+
+def _overlaps(config: Config) -> list[str]:
+    """One packet filter and one routing table of a node serve all its protocols."""
+    pools = {
+        "tunnel.ipv4_pool": config.tunnel.ipv4_pool,
+        "tunnel.ipv6_pool": config.tunnel.ipv6_pool,
+        "protocols.openvpn.ipv4_pool": config.protocols.openvpn.ipv4_pool,
+        "protocols.openvpn.ipv6_pool": config.protocols.openvpn.ipv6_pool,
+        "protocols.ssh.ipv4_pool": config.protocols.ssh.ipv4_pool,
+        "protocols.l2tp.ipv4_pool": config.protocols.l2tp.ipv4_pool,
+    }
+    return [
+        f"{name}: {pools[name]} overlaps {pools[other]} of {other}; give one of them another network"
+        for other, name in combinations(pools, 2)
+        if _overlap(pools[other], pools[name])
+    ]
+
+
+def _overlap(one: str, other: str) -> bool:
+    first, second = ip_network(one), ip_network(other)
+    return first.version == second.version and first.overlaps(second)
 
 
 def _absolute_sqlite(url: str, base: Path) -> str:

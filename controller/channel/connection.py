@@ -107,6 +107,8 @@ class Connection:
         await self._take(message.type, message.data, receive)
 
     async def _take(self, kind: WSMsgType, data: object, receive: Callable[[FromAgent], Awaitable[None]]) -> None:
+        if self._ended.done():
+            return  # what comes after our Bye is for nobody
         if kind in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR):
             self.end(None)
             return

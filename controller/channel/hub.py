@@ -25,6 +25,7 @@ from controller.fleet.errors import NodeDisabled, NodeLocked
 from controller.fleet.identities import Admitted, Identities
 from controller.fleet.nodes import NodeStatus
 from controller.fleet.progress import Progress
+from controller.fleet.protocols import Protocols
 from controller.store.database import Committed, Database, StoreUnavailable, Topic
 from controller.store.types import now
 from shared.protocol import Bye, Received
@@ -51,10 +52,6 @@ class _Live:
     applied: dict[str, int] = field(default_factory=dict)
 
 
-def own_scope(node_id: str) -> Sequence[str]:
-    return (desired.node_scope(node_id),)
-
-
 class Hub:
     def __init__(
         self,
@@ -63,10 +60,10 @@ class Hub:
         identities: Identities,
         progress: Progress,
         directory: Directory,
+        protocols: Protocols,
         on_report: OnReport,
         metrics: ChannelMetrics,
         *,
-        scopes_of: Callable[[str], Sequence[str]] = own_scope,
         intervals: Intervals | None = None,
     ) -> None:
         self._database = database
@@ -74,9 +71,9 @@ class Hub:
         self._identities = identities
         self._progress = progress
         self._directory = directory
+        self._protocols = protocols
         self._on_report = on_report
         self._metrics = metrics
-        self._scopes_of = scopes_of
         self._intervals = intervals or Intervals()
         self._pushes = Pushes(database, epoch)
         self.pace = Pace()
@@ -134,7 +131,7 @@ class Hub:
         address: str,
     ) -> None:
         """Run one node's session until it ends; a second one of the same node replaces the first."""
-        session = Session(node.node_id, self._epoch, self._scopes_of(node.node_id))
+        session = Session(node.node_id, self._epoch, node.scopes)
         connection = Connection(socket, transport, node, session, self._metrics, self._read_push)
         intake = Intake(
             connection,
@@ -143,6 +140,7 @@ class Hub:
             identities=self._identities,
             progress=self._progress,
             directory=self._directory,
+            protocols=self._protocols,
             on_report=self._on_report,
             metrics=self._metrics,
             greeted=lambda: self._up(connection),
@@ -169,7 +167,7 @@ class Hub:
             tasks.create_task(self._rounds(self._sweep, every.sweep, self._sweep_now))
             tasks.create_task(self._rounds(self._check, every.check, self._check_now))
             tasks.create_task(self._rounds(self._seen, every.check))
-            tasks.create_task(self._rounds(self._progress.flush, every.flush))
+            tasks.create_task(self._rounds(self._progress.flush, every.flush, self._progress.urgent))
             tasks.create_task(self._rounds(self._purge, every.purge))
 
     async def close(self) -> None:
@@ -209,6 +207,8 @@ class Hub:
                 self._pushes.forget(scope)
         self._directory.set_online(node.node_id, False)
         self._metrics.up.labels(node.name).set(0)
+        for protocol in node.offer.protocols:
+            self._metrics.protocol_up.labels(node.name, protocol).set(0)
         log.info("channel.node_down", node=node.name)
 
     def _applied(self, connection: Connection, scope: str, revision: int) -> None:
@@ -282,7 +282,7 @@ class Hub:
             await self._progress.seen(self._live, now())
 
     async def _purge(self) -> None:
-        purged = await self._progress.purge(self._scopes_of)
+        purged = await self._progress.purge()
         if purged:
             log.info("channel.tombstones_purged", count=purged)
 

@@ -11,10 +11,26 @@ import structlog
 from controller.channel.connection import Connection
 from controller.channel.metrics import ChannelMetrics
 from controller.channel.pace import Act, Pace
+from controller.channel.session import ProtocolViolation
 from controller.fleet.directory import Directory
 from controller.fleet.identities import Identities
+from controller.fleet.offer import Offer
 from controller.fleet.progress import Progress
-from shared.protocol import Applied, Drift, FromAgent, Hello, Refused, Renew, Report, Resync
+from controller.fleet.protocols import Protocols
+from shared.protocol import (
+    IDENTITY,
+    OPENVPN_SERVER,
+    Applied,
+    Bye,
+    Drift,
+    FromAgent,
+    Hello,
+    Refused,
+    Renew,
+    Report,
+    Resync,
+)
+from shared.resource import Protocol
 
 OnReport = Callable[[str, Report], None]  # takes the node's id; Hub.acknowledge is called when it is stored
 
@@ -33,6 +49,7 @@ class Intake:
         identities: Identities,
         progress: Progress,
         directory: Directory,
+        protocols: Protocols,
         on_report: OnReport,
         metrics: ChannelMetrics,
         greeted: Callable[[], None],
@@ -46,10 +63,12 @@ class Intake:
         self._identities = identities
         self._progress = progress
         self._directory = directory
+        self._protocols = protocols
         self._on_report = on_report
         self._metrics = metrics
         self._greeted = greeted
         self._release = applied
+        self._problems: dict[str, str | None] = {}  # by scope, as the log has it
 
     async def receive(self, frame: FromAgent) -> None:
         """Raises ProtocolViolation and DomainError; both end the session."""
@@ -69,14 +88,19 @@ class Intake:
             case Report():
                 self._report(frame)
             case Renew():
-                self._pace.check(self._node.node_id, Act.RENEWAL)
-                self._connection.send(await self._identities.renew(self._node, frame.csr))
+                await self._renew(frame)
             case _:
                 assert_never(frame)
 
     async def _hello(self, frame: Hello) -> None:
         self._session.check(frame)
         await self._identities.hello(self._node, frame, self._address)
+        offer = Offer.of(frame)
+        if offer != self._node.offer:
+            await self._protocols.offer(self._node, offer)
+        if offer.protocols != self._node.offer.protocols:
+            self._connection.end(Bye(reason="the next session has the scopes of what this node offers now"))
+            return
         standing = await self._progress.standing(self._node.node_id)
         confirmed = [scope for scope, known in standing.items() if known.confirmed]
         self._connection.send(self._session.hello(frame, confirmed))  # the welcome goes before any push
@@ -92,10 +116,28 @@ class Intake:
             self._metrics.drift.labels(self._node.name).inc()
             log.warning("channel.digest_mismatch", node=self._node.name, scope=frame.scope, revision=frame.revision)
             self._connection.wake()
-        if acknowledged.problem:
-            log.warning("channel.not_applied", node=self._node.name, scope=frame.scope, problem=acknowledged.problem)
-        self._progress.applied(self._node.node_id, frame.scope, frame.revision, frame.digest, acknowledged.problem)
+        self._note_problem(frame.scope, acknowledged.problem)
+        self._progress.applied(
+            self._node.node_id,
+            frame.scope,
+            frame.revision,
+            frame.digest,
+            acknowledged.problem,
+            acknowledged.servers,
+        )
+        if frame.scope == self._node.scopes[0]:
+            for protocol in self._node.offer.protocols:
+                self._metrics.protocol_up.labels(self._node.name, protocol).set(protocol not in acknowledged.servers)
         self._release(frame.scope, frame.revision)
+
+    def _note_problem(self, scope: str, problem: str | None) -> None:
+        if self._problems.get(scope) == problem:
+            return
+        self._problems[scope] = problem
+        if problem is not None:
+            log.warning("channel.not_applied", node=self._node.name, scope=scope, problem=problem)
+        else:
+            log.info("channel.applied_again", node=self._node.name, scope=scope)
 
     async def _refused(self, frame: Refused) -> None:
         self._pace.check(self._node.node_id, Act.REFUSAL)
@@ -113,8 +155,21 @@ class Intake:
             self._session.refused(frame, time.monotonic())
             await self._progress.refused(self._node.node_id, frame.scope, frame.revision, frame.reason)
 
+    async def _renew(self, frame: Renew) -> None:
+        self._pace.check(self._node.node_id, Act.RENEWAL)
+        if frame.purpose == IDENTITY:
+            self._connection.send(await self._identities.renew(self._node, frame.csr))
+        elif frame.purpose == OPENVPN_SERVER:
+            if Protocol.OPENVPN not in self._node.offer.protocols:
+                raise ProtocolViolation("this node does not offer openvpn")
+            self._connection.send(self._protocols.certificate(self._node, frame.csr))
+        else:  # of a newer agent
+            log.info("channel.certificate_unknown", node=self._node.name, purpose=frame.purpose)
+
     def _drift(self, frame: Drift) -> None:
         self._metrics.drift.labels(self._node.name).inc()
+        if not self._pace.allows(self._node.node_id, Act.DRIFT):
+            return
         log.warning(
             "channel.drift",
             node=self._node.name,
@@ -126,5 +181,5 @@ class Intake:
 
     def _report(self, frame: Report) -> None:
         if frame.load is not None:
-            self._directory.set_load(self._node.node_id, frame.load.total)
+            self._directory.set_load(self._node.node_id, frame.load)
         self._on_report(self._node.node_id, frame)

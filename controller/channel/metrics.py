@@ -10,6 +10,12 @@ _PUSH_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5, 30)
 class ChannelMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.up = Gauge("skynetvpn_node_up", "Whether the node's session is live", ["node"], registry=registry)
+        self.protocol_up = Gauge(
+            "skynetvpn_protocol_up",
+            "Whether the node runs the protocol's server",
+            ["node", "protocol"],
+            registry=registry,
+        )
         self.push = Histogram(
             "skynetvpn_push_seconds", "From a change's commit to applied", registry=registry, buckets=_PUSH_SECONDS
         )

@@ -14,6 +14,7 @@ from controller.ratelimit import Limit, WindowStorage
 CONNECTS_PER_MINUTE = 60
 RENEWALS_PER_MINUTE = 10
 REFUSALS_PER_MINUTE = 10
+DRIFTS_PER_MINUTE = 10  # in the log
 _WINDOW = 60  # seconds
 
 log = structlog.get_logger()
@@ -23,12 +24,14 @@ class Act(StrEnum):
     CONNECT = "connects"
     RENEWAL = "renewals"
     REFUSAL = "refusals"
+    DRIFT = "reports of drift"
 
 
 _ALLOWED = {
     Act.CONNECT: CONNECTS_PER_MINUTE,
     Act.RENEWAL: RENEWALS_PER_MINUTE,
     Act.REFUSAL: REFUSALS_PER_MINUTE,
+    Act.DRIFT: DRIFTS_PER_MINUTE,
 }
 
 
@@ -47,11 +50,16 @@ class Pace:
         self._exceeded: dict[tuple[str, Act], float] = {}  # when each was exceeded last
 
     def check(self, node_id: str, act: Act) -> None:
-        """Count one; raise NodeTooFast where that is too many. The log has a line when it begins."""
+        """Count one; raise NodeTooFast where that is too many."""
+        if not self.allows(node_id, act):
+            raise NodeTooFast(act=act, allowed=_ALLOWED[act])
+
+    def allows(self, node_id: str, act: Act) -> bool:
+        """Count one, and say whether that is not too many. The log has a line when it begins."""
         if self._limits[act].hit(node_id):
-            return
+            return True
         moment = time.monotonic()
         if moment - self._exceeded.get((node_id, act), -math.inf) > _WINDOW:
             log.warning("channel.node_too_fast", node_id=node_id, act=act, allowed=_ALLOWED[act])
         self._exceeded[node_id, act] = moment
-        raise NodeTooFast(act=act, allowed=_ALLOWED[act])
+        return False

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from controller.fleet.servers import PROTOCOLS
 from shared.protocol import PROTOCOL_VERSION, Applied, Hello, Refused, Resync, Welcome
+from shared.resource import Kind, Protocol
 
 REPAIR_INTERVAL = 60.0  # seconds between two snapshots of a scope that mismatches or refusals cause
 _RESYNC_BURST = 10  # snapshots in that time that the node may ask for itself
 _BOOT_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
+_LEDGER = re.compile(r"[0-9A-Za-z-]{0,64}")
 
 
 class ProtocolViolation(Exception):
@@ -35,6 +38,7 @@ class Acknowledged:
     seconds: tuple[float, ...]  # from each push's commit until now
     mismatch: bool  # the host has something else than this revision
     problem: str | None
+    servers: Mapping[Protocol, str] = field(default_factory=dict)  # what ails which protocol, in the node's own scope
 
 
 @dataclass(slots=True)
@@ -69,6 +73,8 @@ class Session:
             raise ProtocolViolation(f"protocol version {hello.version} is too old, update the agent")
         if not _BOOT_ID.fullmatch(hello.boot_id):
             raise ProtocolViolation("the boot id is not 1 to 64 letters, digits or -")
+        if not _LEDGER.fullmatch(hello.ledger):
+            raise ProtocolViolation("the ledger is not at most 64 letters, digits or -")
 
     def hello(self, hello: Hello, confirmed: Sequence[str] = ()) -> Welcome:
         """Open the session; from now on something may be wanted. In `confirmed` scopes an operator has allowed what
@@ -98,6 +104,8 @@ class Session:
         if state.held is not None and revision != state.held and now - state.repaired_at >= REPAIR_INTERVAL:
             state.held = None  # the rows changed since: perhaps somebody repaired them
         state.due = state.due or state.sent != revision
+        if state.sent is not None and state.sent < revision and state.changed_at is None:
+            state.changed_at = now  # its poke is lost, or comes only when this is sent already
         return state.due and state.held is None
 
     def confirm(self, scope: str) -> bool:
@@ -153,7 +161,10 @@ class Session:
         if mismatch and now - state.repaired_at >= REPAIR_INTERVAL:
             state.repaired_at = now
             state.sent, state.due = None, True
-        return Acknowledged(frame.scope, frame.revision, landed, mismatch, problem)
+        servers = {
+            PROTOCOLS[Kind(failure.kind)]: failure.message for failure in frame.failures if failure.kind in PROTOCOLS
+        }
+        return Acknowledged(frame.scope, frame.revision, landed, mismatch, problem, servers)
 
     def refused(self, frame: Refused, now: float) -> None:
         """The node keeps what it has: wait for an operator, or offer again later when the rows have changed."""

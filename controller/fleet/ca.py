@@ -9,13 +9,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from controller.fleet import certificates
 from controller.fleet.certificates import Issuer, NodePublicKey
@@ -42,7 +36,7 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         leaf = certificates.server_certificate(self._issuer, key.public_key(), now())
         chain = leaf.public_bytes(Encoding.PEM) + self._issuer.certificate.public_bytes(Encoding.PEM)
-        return _key_pem(key), chain
+        return certificates.key_pem(key), chain
 
 
 def create(directory: Path) -> Authority:
@@ -52,9 +46,9 @@ def create(directory: Path) -> Authority:
         raise AuthorityUnusable(f"{directory} holds an authority already: every node trusts it, so it is kept")
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate = certificates.authority_certificate(key, now())
+    certificate = certificates.authority_certificate(key, now(), certificates.CHANNEL_AUTHORITY)
     _write(bundle_file, certificate.public_bytes(Encoding.PEM))
-    _write(key_file, _key_pem(key))
+    _write(key_file, certificates.key_pem(key))
     return Authority(Issuer(certificate, key), [certificate])
 
 
@@ -82,10 +76,6 @@ def load(directory: Path) -> Authority:
 
 def _public(key: object) -> bytes:
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined,no-any-return]
-
-
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def _write(path: Path, data: bytes) -> None:

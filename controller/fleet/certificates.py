@@ -1,4 +1,4 @@
-"""The certificates of the node channel as values: what is taken from a request, and what we put into a certificate."""
+"""Certificates of the node channel and of VPN clients as values: what is taken from a request, and what we issue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from controller.fleet.errors import CertificateRequestInvalid
@@ -21,7 +21,10 @@ AUTHORITY_LIFETIME = timedelta(days=3652)
 SERVER_LIFETIME = timedelta(days=30)
 BACKDATED = timedelta(minutes=5)  # for hosts whose clock is behind
 MAX_REQUEST_BYTES = 16384
+CHANNEL_AUTHORITY, VPN_AUTHORITY = "SkynetVPN node channel", "SkynetVPN clients"  # names of issuers
 _IDENTITY = "vpn://skynetvpn/node/"
+
+_NOBODY = x509.Name([])
 
 NodePublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 
@@ -70,9 +73,16 @@ def spki(key: NodePublicKey) -> bytes:
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
 
 
-def authority_certificate(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "SkynetVPN node channel")])
-    public = key.public_key()
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def key_der(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+
+
+def authority_certificate(key: ec.EllipticCurvePrivateKey, now: datetime, issuer: str) -> x509.Certificate:
+    name, public = _common_name(issuer), key.public_key()
     return (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -90,14 +100,28 @@ def authority_certificate(key: ec.EllipticCurvePrivateKey, now: datetime) -> x50
 
 def server_certificate(issuer: Issuer, key: ec.EllipticCurvePublicKey, now: datetime) -> x509.Certificate:
     name = x509.SubjectAlternativeName([x509.DNSName(CONTROLLER_NAME)])
-    return _leaf(issuer, key, name, ExtendedKeyUsageOID.SERVER_AUTH, now, SERVER_LIFETIME)
+    return _leaf(issuer, key, _NOBODY, name, ExtendedKeyUsageOID.SERVER_AUTH, now, SERVER_LIFETIME)
 
 
 def node_certificate(
     issuer: Issuer, key: NodePublicKey, node_id: str, now: datetime, lifetime: timedelta
 ) -> x509.Certificate:
     name = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(_IDENTITY + node_id)])
-    return _leaf(issuer, key, name, ExtendedKeyUsageOID.CLIENT_AUTH, now, lifetime)
+    return _leaf(issuer, key, _NOBODY, name, ExtendedKeyUsageOID.CLIENT_AUTH, now, lifetime)
+
+
+def vpn_client_certificate(
+    issuer: Issuer, key: ec.EllipticCurvePublicKey, common_name: str, now: datetime, lifetime: timedelta
+) -> x509.Certificate:
+    return _leaf(issuer, key, _common_name(common_name), None, ExtendedKeyUsageOID.CLIENT_AUTH, now, lifetime)
+
+
+def vpn_server_certificate(
+    issuer: Issuer, key: NodePublicKey, node_id: str, now: datetime, lifetime: timedelta
+) -> x509.Certificate:
+    """The common name is what clients compare (openvpn(8), --verify-x509-name)."""
+    name = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(_IDENTITY + node_id)])
+    return _leaf(issuer, key, _common_name(node_id), name, ExtendedKeyUsageOID.SERVER_AUTH, now, lifetime)
 
 
 def identity_from(certificate: x509.Certificate) -> Identity | None:
@@ -125,17 +149,22 @@ def serial_of(certificate: x509.Certificate) -> str:
     return f"{certificate.serial_number:x}"
 
 
+def _common_name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
 def _leaf(
     issuer: Issuer,
     key: NodePublicKey,
-    name: x509.SubjectAlternativeName,
+    subject: x509.Name,
+    name: x509.SubjectAlternativeName | None,
     purpose: x509.ObjectIdentifier,
     now: datetime,
     lifetime: timedelta,
 ) -> x509.Certificate:
-    return (
+    builder = (
         x509.CertificateBuilder()
-        .subject_name(x509.Name([]))
+        .subject_name(subject)
         .issuer_name(issuer.certificate.subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
@@ -144,11 +173,12 @@ def _leaf(
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(sign_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
-        .add_extension(name, critical=True)  # RFC 5280 §4.2.1.6: critical where the subject is empty
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key()), critical=False)
-        .sign(issuer.key, hashes.SHA256())
     )
+    if name is not None:
+        builder = builder.add_extension(name, critical=not subject)  # RFC 5280 §4.2.1.6: where the subject is empty
+    return builder.sign(issuer.key, hashes.SHA256())
 
 
 def _usage(*, sign_certificates: bool) -> x509.KeyUsage:

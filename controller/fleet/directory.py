@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -14,8 +15,11 @@ from controller.accounts.principal import Plan
 from controller.fleet.errors import ServerNotFound
 from controller.fleet.metrics import FleetMetrics
 from controller.fleet.nodes import NodeStatus
+from controller.fleet.offer import known_protocols
 from controller.fleet.tables import NodeRow
 from controller.store.database import Committed, Database, StoreUnavailable, Topic
+from shared.protocol import Load
+from shared.resource import Protocol
 
 _RETRY = 1.0  # seconds
 
@@ -39,7 +43,9 @@ class Server:
     host: str  # that clients dial
     status: ServerStatus
     load: int  # 0–100
-    protocols: tuple[str, ...]
+    protocols: tuple[Protocol, ...]
+    ssh_host_keys: tuple[str, ...]  # bare `type base64` of the tunnels' sshd
+    ledger: str  # the identity of its usage records
     wireguard_public_key: bytes
     wireguard_port: int
     plan: Plan  # the lowest plan that may use it
@@ -60,7 +66,7 @@ class Directory:
         self._entries: dict[str, _Entry] = {}
         self._offered: dict[Plan, dict[str, Server]] = {}
         self._online: set[str] = set()
-        self._loads: dict[str, int] = {}
+        self._loads: dict[str, Load] = {}
         self._stale = asyncio.Event()
         self.revision = 0
         database.listen(self._committed)
@@ -94,9 +100,17 @@ class Directory:
             self._loads.pop(node_id, None)
         self._renew(node_id)
 
-    def set_load(self, node_id: str, load: float) -> None:
-        self._loads[node_id] = round(load)
+    def set_load(self, node_id: str, load: Load) -> None:
+        self._loads[node_id] = load
         self._renew(node_id)
+
+    def load_of(self, node_id: str) -> Load | None:
+        """The node's latest; None where it is not connected here, or has not told one."""
+        return self._loads.get(node_id)
+
+    def loads(self) -> Mapping[str, Load]:
+        """By node id."""
+        return self._loads
 
     async def refresh(self) -> None:
         """Read all nodes; what is there stays where the database fails."""
@@ -140,8 +154,10 @@ class Directory:
             city=row.city,
             host=row.endpoint or row.address or "",
             status=self._status(row.id, status),
-            load=self._loads.get(row.id, 0),
-            protocols=("wireguard",),
+            load=self._load(row.id),
+            protocols=known_protocols(row.protocols.split()),
+            ssh_host_keys=tuple(row.ssh_host_keys.splitlines()),
+            ledger=row.ledger,
             wireguard_public_key=row.wireguard_public_key or b"",
             wireguard_port=row.wireguard_port,
             plan=Plan(row.plan),
@@ -154,11 +170,15 @@ class Directory:
         online = node_id in self._online and status == NodeStatus.ENABLED
         return ServerStatus.ONLINE if online else ServerStatus.OFFLINE
 
+    def _load(self, node_id: str) -> int:
+        load = self._loads.get(node_id)
+        return round(load.total) if load is not None else 0
+
     def _renew(self, node_id: str) -> None:
         entry = self._entries.get(node_id)
         if entry is None:
             return
-        status, load = self._status(node_id, entry.status), self._loads.get(node_id, 0)
+        status, load = self._status(node_id, entry.status), self._load(node_id)
         if (status, load) != (entry.server.status, entry.server.load):
             self._entries[node_id] = replace(entry, server=replace(entry.server, status=status, load=load))
             self._changed()

@@ -71,6 +71,12 @@ class ServerNotFound(DomainError):
     message = "there is no such server"
 
 
+class UnknownProtocol(DomainError):
+    kind = ErrorKind.NOT_FOUND
+    code = "protocol_not_found"
+    message = "there is no protocol {name!r}"
+
+
 class NothingToConfirm(DomainError):
     kind = ErrorKind.CONFLICT
     code = "nothing_to_confirm"

@@ -23,7 +23,8 @@ from controller.fleet.errors import (
 )
 from controller.fleet.metrics import FleetMetrics
 from controller.fleet.nodes import NodeStatus, printable
-from controller.fleet.service import FleetSettings
+from controller.fleet.offer import Offer, known_protocols, scopes_of
+from controller.fleet.settings import FleetSettings
 from controller.fleet.tables import JoinTokenRow, NodeRow
 from controller.store.database import Database, Topic, Transaction
 from controller.store.types import now
@@ -42,6 +43,11 @@ class Admitted:
     node_id: str
     name: str
     serial: str
+    offer: Offer  # as it was stored when its session began
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        return scopes_of(self.node_id, self.offer.protocols)
 
 
 class _SecondHost(Exception):
@@ -183,7 +189,7 @@ class Identities:
             if earlier_enrolment or promoted_now:
                 raise CertificateRefused
             raise _SecondHost("a certificate came back after its successor was in use")
-        return Admitted(row.id, row.name, identity.serial)
+        return Admitted(row.id, row.name, identity.serial, _offer(row))
 
     async def _lock(self, node_id: str, reason: str) -> None:
         async with self._database.transaction() as tx:
@@ -209,6 +215,10 @@ async def _record_hello(tx: Transaction, node_id: str, hello: Hello, address: st
         row.address = address
         tx.touch(Topic.NODES)
     row.agent, row.last_seen_at = printable(hello.agent), now()
+
+
+def _offer(row: NodeRow) -> Offer:
+    return Offer(known_protocols(row.protocols.split()), tuple(row.ssh_host_keys.splitlines()), row.ledger)
 
 
 async def _take_wireguard_key(tx: Transaction, row: NodeRow, public_key: bytes) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import asyncio
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,9 +17,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 from controller.desired import service as desired
 from controller.desired.tables import DesiredRow
 from controller.fleet.nodes import printable
+from controller.fleet.offer import known_protocols, scopes_of
 from controller.fleet.tables import AppliedRow, NodeRow
 from controller.store.database import Database
 from controller.store.types import now
+from shared.resource import Protocol
 
 _ABSENT = timedelta(days=7)  # a node away for longer holds up no purge; it gets a snapshot when it returns
 _MAX_PROBLEM = 2000
@@ -37,8 +42,23 @@ class Progress:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._pending: dict[tuple[str, str], dict[str, Any]] = {}
+        self._servers: dict[tuple[str, str], Mapping[Protocol, str]] = {}  # as they were said last
+        self.urgent = asyncio.Event()  # something waits that somebody looks at
 
-    def applied(self, node_id: str, scope: str, revision: int, digest: bytes, problem: str | None) -> None:
+    def applied(
+        self,
+        node_id: str,
+        scope: str,
+        revision: int,
+        digest: bytes,
+        problem: str | None,
+        servers: Mapping[Protocol, str] = MappingProxyType({}),
+    ) -> None:
+        """`servers` says what ails which protocol, in the node's words."""
+        words = {protocol: printable(message)[:_MAX_PROBLEM] for protocol, message in servers.items()}
+        if self._servers.get((node_id, scope), {}) != words:
+            self._servers[node_id, scope] = words
+            self.urgent.set()
         self._pending[node_id, scope] = {
             "revision": revision,
             "digest": digest,
@@ -46,6 +66,7 @@ class Progress:
             "problem": printable(problem)[:_MAX_PROBLEM] if problem else None,
             "refused_revision": None,
             "confirmed_at": None,
+            "servers": json.dumps(words),
         }
 
     async def refused(self, node_id: str, scope: str, revision: int, problem: str) -> None:
@@ -94,15 +115,17 @@ class Progress:
             for part in _parts(sorted(node_ids)):
                 await tx.session.execute(sa.update(NodeRow).where(NodeRow.id.in_(part)).values(last_seen_at=moment))
 
-    async def purge(self, scopes_of: Callable[[str], Sequence[str]]) -> int:
+    async def purge(self) -> int:
         """Drop the tombstones that every node of their scope has applied; return how many."""
         async with self._database.read() as session:
             scopes = set(await session.scalars(sa.select(DesiredRow.scope).where(DesiredRow.deleted).distinct()))
-            nodes = await session.scalars(sa.select(NodeRow.id).where(NodeRow.last_seen_at > now() - _ABSENT))
+            nodes = await session.execute(
+                sa.select(NodeRow.id, NodeRow.protocols).where(NodeRow.last_seen_at > now() - _ABSENT)
+            )
             members: dict[str, set[str]] = {}
-            for node_id in nodes:
-                for scope in scopes.intersection(scopes_of(node_id)):
-                    members.setdefault(scope, set()).add(node_id)
+            for node in nodes:
+                for scope in scopes.intersection(scopes_of(node.id, known_protocols(node.protocols.split()))):
+                    members.setdefault(scope, set()).add(node.id)
             floors: dict[str, int] = {}
             for scope, wanted in members.items():
                 rows = await session.execute(

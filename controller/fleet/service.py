@@ -12,28 +12,19 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from controller.desired import service as desired
+from controller.fleet import servers
 from controller.fleet.errors import NodeNotFound, NothingToConfirm
+from controller.fleet.layers import FLEET, merged
+from controller.fleet.layerstore import read_layers, write_layer
 from controller.fleet.nodes import INTERFACE, NodeSpec, NodeStatus
+from controller.fleet.settings import FleetSettings as FleetSettings
 from controller.fleet.tables import AppliedRow, JoinTokenRow, NodeRow
 from controller.store.database import Database, Topic, Transaction
 from controller.store.types import new_id, now
-from shared.addresses import Network
-from shared.desired import Interface, Kind
+from shared.desired import Kind, Protocol
 from shared.jointoken import JoinToken
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class FleetSettings:
-    channel_address: str  # host:port that nodes dial; goes into join tokens
-    ipv4_pool: Network
-    ipv6_pool: Network | None = None
-    wireguard_port: int = 51820
-    mtu: int = 1420
-    join_token_lifetime: timedelta = timedelta(minutes=10)
-    certificate_lifetime: timedelta = timedelta(days=30)
-    promotion_grace: timedelta = timedelta(minutes=10)  # a host that lost the answer to its first use may fall back
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +58,7 @@ class Fleet:
         async with self._database.transaction() as tx:
             row = await tx.session.scalar(sa.select(NodeRow).where(NodeRow.name == spec.name))
             if row is None:
-                row = self._create(tx, spec)
+                row = await self._create(tx, spec)
             row.country, row.city, row.endpoint, row.plan = spec.country, spec.city, spec.endpoint, spec.plan
             await self._set_interface(tx, row, spec)
             tx.touch(Topic.NODES)
@@ -97,12 +88,6 @@ class Fleet:
             tx.touch(Topic.NODES)
         log.info("fleet.node_status", node=name, before=before, after=status)
 
-    async def apply_settings(self) -> None:
-        """Bring every node's interface to the settings of today; where they are the same, nothing is sent."""
-        async with self._database.transaction() as tx:
-            for row in await tx.session.scalars(sa.select(NodeRow)):
-                await desired.put(tx, desired.node_scope(row.id), [self._interface(row)])
-
     async def confirm_snapshot(self, name: str) -> None:
         """Allow the removal that the node refused; the session that holds it sends the snapshot again, confirmed."""
         async with self._database.transaction() as tx:
@@ -117,7 +102,8 @@ class Fleet:
             tx.touch(Topic.NODES)
         log.warning("fleet.snapshot_confirmed", node=name)
 
-    def _create(self, tx: Transaction, spec: NodeSpec) -> NodeRow:
+    async def _create(self, tx: Transaction, spec: NodeSpec) -> NodeRow:
+        layers = await read_layers(tx.session, tx.secrets)
         row = NodeRow(
             id=new_id(),
             name=spec.name,
@@ -127,7 +113,8 @@ class Fleet:
             status=NodeStatus.ENABLED,
             created_at=now(),
             interface=INTERFACE,
-            wireguard_port=self._settings.wireguard_port,
+            wireguard_port=layers.port(Protocol.WIREGUARD, FLEET, self._settings),
+            protocols=Protocol.WIREGUARD,  # until it says what it offers
             former_boot_ids="",
         )
         tx.session.add(row)
@@ -137,18 +124,16 @@ class Fleet:
     async def _set_interface(self, tx: Transaction, row: NodeRow, spec: NodeSpec) -> None:
         scope, former = desired.node_scope(row.id), row.interface
         row.interface, row.wireguard_port = spec.interface or former, spec.port or row.wireguard_port
+        layers = await read_layers(tx.session, tx.secrets)
+        if spec.port is not None:  # its own from now on, whatever the fleet's becomes
+            own = layers.own(Protocol.WIREGUARD, row.id)
+            await write_layer(tx, Protocol.WIREGUARD, row.id, merged(own, spec.port, {}))
+        if Protocol.WIREGUARD not in row.protocols.split():
+            return
         if row.interface != former:
             await desired.remove(tx, scope, Kind.WIREGUARD_INTERFACE, [former])
-        await desired.put(tx, scope, [self._interface(row)])
-
-    def _interface(self, row: NodeRow) -> Interface:
-        pools = [pool for pool in (self._settings.ipv4_pool, self._settings.ipv6_pool) if pool is not None]
-        return Interface(
-            name=row.interface,
-            listen_port=row.wireguard_port,
-            addresses=tuple(f"{pool[1]}/{pool.prefixlen}" for pool in pools),
-            mtu=self._settings.mtu,
-        )
+        wanted = servers.interface(self._settings, layers, row.id, row.interface, row.wireguard_port)
+        await desired.put(tx, scope, [wanted])
 
     async def _issue(self, tx: Transaction, row: NodeRow, lifetime: timedelta | None) -> str:
         await tx.session.execute(sa.delete(JoinTokenRow).where(JoinTokenRow.node_id == row.id))

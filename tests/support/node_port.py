@@ -8,7 +8,7 @@ import os
 import socket
 import ssl
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -26,7 +26,7 @@ from cryptography.x509.oid import NameOID
 from prometheus_client import CollectorRegistry
 
 from controller.channel.endpoint import node_application
-from controller.channel.hub import Hub, Intervals, own_scope
+from controller.channel.hub import Hub, Intervals
 from controller.channel.metrics import ChannelMetrics
 from controller.channel.tls import ChannelTls
 from controller.fleet import ca
@@ -35,7 +35,10 @@ from controller.fleet.identities import Identities
 from controller.fleet.metrics import FleetMetrics
 from controller.fleet.nodes import NodeSpec
 from controller.fleet.progress import Progress
-from controller.fleet.service import Fleet, FleetSettings
+from controller.fleet.protocols import Protocols
+from controller.fleet.service import Fleet
+from controller.fleet.settings import FleetSettings
+from controller.fleet.vpnkeys import load_keys
 from controller.store.database import Database
 from shared import desired, jointoken
 from shared.keys import PrivateKey
@@ -91,6 +94,7 @@ class NodePort:
     fleet: Fleet
     identities: Identities
     directory: Directory
+    protocols: Protocols
     progress: Progress
     hub: Hub
     tls: ChannelTls
@@ -117,7 +121,6 @@ async def node_port(
     directory: Path,
     *,
     intervals: Intervals = QUICK,
-    scopes_of: Callable[[str], Sequence[str]] = own_scope,
     port: int = 0,
     enrolments_per_minute: int = 1000,
     **settings: Any,
@@ -135,6 +138,8 @@ async def node_port(
     servers = Directory(database, numbers)
     await servers.refresh()
     progress = Progress(database)
+    protocols = Protocols(database, wanted, await load_keys(database))
+    await protocols.apply_settings()
     reports: list[tuple[str, Report]] = []
     hub = Hub(
         database,
@@ -142,9 +147,9 @@ async def node_port(
         identities,
         progress,
         servers,
+        protocols,
         lambda node_id, report: reports.append((node_id, report)),
         ChannelMetrics(registry),
-        scopes_of=scopes_of,
         intervals=intervals,
     )
     tls = ChannelTls(authority)
@@ -156,10 +161,21 @@ async def node_port(
     await web.SockSite(runner, listener, ssl_context=tls.context).start()
     assert runner.addresses
     fleet = Fleet(database, authority.pin, wanted)
-    tasks = [asyncio.create_task(hub.run()), asyncio.create_task(servers.run()), asyncio.create_task(tls.run())]
+    tasks = [asyncio.create_task(work) for work in (hub.run(), servers.run(), protocols.run(), tls.run())]
     try:
         yield NodePort(
-            authority, wanted, fleet, identities, servers, progress, hub, tls, registry, runner.addresses[0][1], reports
+            authority,
+            wanted,
+            fleet,
+            identities,
+            servers,
+            protocols,
+            progress,
+            hub,
+            tls,
+            registry,
+            runner.addresses[0][1],
+            reports,
         )
     finally:
         await runner.cleanup()
@@ -177,6 +193,9 @@ class FakeAgent:
         self.authority = authority
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.wireguard = PrivateKey.generate().public().raw
+        self.protocols: list[str] = []
+        self.ssh_host_keys: list[str] = []
+        self.ledger = ""
         self.certificate = b""
         self.node_id = ""
         self.boot_id = str(uuid.uuid4())
@@ -252,6 +271,12 @@ class FakeAgent:
         self._reader = asyncio.create_task(self._read())
         await until(lambda: self.frames or self.closed)
 
+    async def join(self) -> None:
+        """Connect, and again where the controller wants another session for what this node offers."""
+        await self.connect()
+        if self.bye is not None and self.bye.retry:
+            await self.connect()
+
     def hello(self) -> Hello:
         return Hello(
             version=PROTOCOL_VERSION,
@@ -260,6 +285,9 @@ class FakeAgent:
             epoch=self.epoch,
             revisions=dict(self.revisions),
             wireguard_public_key=self.wireguard,
+            protocols=self.protocols,
+            ssh_host_keys=self.ssh_host_keys,
+            ledger=self.ledger,
         )
 
     async def send(self, frame: Frame) -> None:

@@ -10,6 +10,7 @@ import pytest
 from controller.accounts.principal import Plan
 from controller.fleet.nodes import NodeStatus
 from shared.keys import PrivateKey
+from shared.protocol import Load
 from tests.contracts.world import PASSWORD, Answer, Api, World
 
 ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -82,7 +83,7 @@ async def test_servers_of_a_larger_plan_and_their_states(alice: Api, api: Api, w
 
 
 async def test_server(alice: Api, world: World) -> None:
-    world.directory.set_load(world.nodes["fra-1"], 41.7)
+    world.directory.set_load(world.nodes["fra-1"], Load(total=41.7, cpu=41.7, memory=0, bandwidth=0, peers=0))
     answer = await alice.get(f"/api/servers/{world.nodes['fra-1']}")
     assert answer.status == 200
     assert answer.body == {

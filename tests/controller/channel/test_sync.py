@@ -6,7 +6,6 @@ import asyncio
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -477,15 +476,12 @@ async def test_a_slow_node_is_dropped_and_resynchronised(
 
 
 async def test_nodes_of_a_shared_scope_get_the_same_frames(database: Database, tmp_path: Path) -> None:
-    shared = "protocol:wireguard"
-
-    def scopes_of(node_id: str) -> Sequence[str]:
-        return (node_scope(node_id), shared)
-
-    async with node_port(database, tmp_path / "ca", scopes_of=scopes_of, intervals=NEVER) as port:
+    shared = "protocol:ssh"
+    async with node_port(database, tmp_path / "ca", intervals=NEVER) as port:
         agents = [await port.enrolled(f"node-{number}") for number in range(5)]
         for agent in agents:
-            await agent.connect()
+            agent.protocols = ["ssh"]
+            await agent.join()
         await until(lambda: all(shared in agent.revisions for agent in agents))
         reads: list[object] = []
 
@@ -537,7 +533,7 @@ async def test_tombstones_go_when_every_node_has_acknowledged(port: NodePort, da
     async with database.transaction() as tx:
         revision = await desired.remove(tx, scope, Kind.WIREGUARD_PEER, [peer.key])
     await port.progress.flush()
-    await port.progress.purge(lambda node_id: (node_scope(node_id),))
+    await port.progress.purge()
     async with database.read() as session:
         assert await session.scalar(sa.select(sa.func.count()).where(DesiredRow.deleted)) == 1
     await agent.connect()

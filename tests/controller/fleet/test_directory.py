@@ -21,6 +21,7 @@ from controller.fleet.service import Fleet, FleetSettings
 from controller.fleet.tables import NodeRow
 from controller.store.database import Database, Topic
 from controller.store.types import now
+from shared.protocol import Load
 from tests.support.node_port import until
 
 
@@ -43,6 +44,10 @@ async def directory(database: Database, registry: CollectorRegistry) -> AsyncIte
 def fleet(database: Database) -> Fleet:
     settings = FleetSettings(channel_address="127.0.0.1:8443", ipv4_pool=ip_network("10.66.0.0/16"))
     return Fleet(database, bytes(32), settings)
+
+
+def load(total: float) -> Load:
+    return Load(total=total, cpu=0, memory=0, bandwidth=0, peers=0)
 
 
 async def enrolled(database: Database, fleet: Fleet, name: str, plan: Plan = Plan.FREE, host: str | None = None) -> str:
@@ -90,16 +95,16 @@ async def test_the_status_follows_the_session_and_the_administrator(
 ) -> None:
     node_id = await enrolled(database, fleet, "us-1")
     directory.set_online(node_id, True)  # also before the directory has seen the node
-    directory.set_load(node_id, 12.5)
+    directory.set_load(node_id, load(12.5))
     await until(lambda: directory.servers(Plan.FREE))
     assert directory.server(Plan.FREE, node_id).status == ServerStatus.ONLINE
     assert directory.server(Plan.FREE, node_id).load == 12
     before = directory.revision
-    directory.set_load(node_id, 99.9)
+    directory.set_load(node_id, load(99.9))
     assert directory.revision > before
     assert directory.server(Plan.FREE, node_id).load == 100
     before = directory.revision
-    directory.set_load(node_id, 100)
+    directory.set_load(node_id, load(100))
     assert directory.revision == before
     await fleet.set_status("us-1", NodeStatus.MAINTENANCE)
     await until(lambda: directory.server(Plan.FREE, node_id).status == ServerStatus.MAINTENANCE)

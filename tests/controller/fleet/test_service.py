@@ -8,7 +8,10 @@ import pytest
 from controller.accounts.principal import Plan
 from controller.desired import service as desired_service
 from controller.fleet.nodes import NodeSpec
-from controller.fleet.service import Fleet, FleetSettings
+from controller.fleet.protocols import Protocols
+from controller.fleet.service import Fleet
+from controller.fleet.settings import FleetSettings
+from controller.fleet.vpnkeys import load_keys
 from controller.store.database import Committed, Database
 from shared import desired, jointoken
 from shared.desired import Interface
@@ -17,6 +20,10 @@ SETTINGS = FleetSettings(
     channel_address="192.0.2.1:8443", ipv4_pool=ip_network("10.66.0.0/16"), ipv6_pool=ip_network("fd66::/112")
 )
 SPEC = NodeSpec(name="fra1", country="DE", city="Frankfurt", endpoint=None, plan=Plan.FREE)
+
+
+async def apply_settings(database: Database, settings: FleetSettings = SETTINGS) -> None:
+    await Protocols(database, settings, await load_keys(database)).apply_settings()
 
 
 async def interfaces(database: Database, node_id: str) -> list[desired.Payload]:
@@ -50,7 +57,7 @@ async def test_the_interface_of_a_node_is_given_and_stays_when_it_is_not_named(
     (node,) = await fleet.nodes()
     assert await interfaces(database, node.id) == [adopted]
     await fleet.issue_join_token(SPEC)
-    await fleet.apply_settings()
+    await apply_settings(database)
     assert await interfaces(database, node.id) == [adopted]
 
 
@@ -72,9 +79,9 @@ async def test_settings_of_today_reach_the_nodes_and_the_same_ones_send_nothing(
     (node,) = await fleet.nodes()
     told: list[Committed] = []
     database.listen(told.append)
-    await fleet.apply_settings()
+    await apply_settings(database)
     assert told == []
-    await Fleet(database, bytes(32), replace(SETTINGS, mtu=1380)).apply_settings()
+    await apply_settings(database, replace(SETTINGS, mtu=1380))
     assert [committed.scopes for committed in told] == [frozenset({desired_service.node_scope(node.id)})]
     (interface,) = await interfaces(database, node.id)
     assert isinstance(interface, Interface)

@@ -1,0 +1,59 @@
+"""How far each node has come with each of its servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from controller.desired import service as desired
+from controller.desired.tables import DesiredRow
+from controller.fleet.nodes import NodeStatus
+from controller.fleet.offer import known_protocols
+from controller.fleet.servers import KINDS, PROTOCOLS
+from controller.fleet.tables import AppliedRow, NodeRow
+from shared.resource import Kind, Protocol
+
+_ADMITTED = [status for status in NodeStatus if status.admitted]
+_OWN = sa.literal(desired.node_scope("")).concat(AppliedRow.node_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    node: str  # name
+    applied: bool  # the node has acknowledged the server as it is now
+    problem: str | None  # in the node's words
+
+
+async def read(session: AsyncSession, node_id: str | None = None) -> Mapping[Protocol, Sequence[Standing]]:
+    """Of the nodes that offer each protocol and are in service, or of one node."""
+    nodes = sa.select(NodeRow).where(NodeRow.enrolled_at.is_not(None), NodeRow.status.in_(_ADMITTED))
+    server = sa.select(DesiredRow.scope, DesiredRow.kind, sa.func.max(DesiredRow.revision).label("revision")).where(
+        DesiredRow.kind.in_(list(KINDS.values())), sa.not_(DesiredRow.deleted)
+    )
+    applied = sa.select(AppliedRow.node_id, AppliedRow.revision, AppliedRow.servers).where(AppliedRow.scope == _OWN)
+    if node_id is not None:
+        nodes = nodes.where(NodeRow.id == node_id)
+        server = server.where(DesiredRow.scope == desired.node_scope(node_id))
+        applied = applied.where(AppliedRow.node_id == node_id)
+    wanted = {
+        (row.scope, PROTOCOLS[Kind(row.kind)]): row.revision
+        for row in await session.execute(server.group_by(DesiredRow.scope, DesiredRow.kind))
+    }
+    reached = {row.node_id: (row.revision, servers_from(row.servers)) for row in await session.execute(applied)}
+    found: dict[Protocol, list[Standing]] = {protocol: [] for protocol in Protocol}
+    for node in await session.scalars(nodes.order_by(NodeRow.name)):
+        revision, problems = reached.get(node.id, (-1, {}))
+        for protocol in known_protocols(node.protocols.split()):
+            due = wanted.get((desired.node_scope(node.id), protocol))
+            done = due is not None and revision >= due
+            found[protocol].append(Standing(node.name, done, problems.get(protocol) if done else None))
+    return found
+
+
+def servers_from(text: str) -> dict[str, str]:
+    """What ails which protocol, as AppliedRow has it."""
+    return {str(protocol): str(words) for protocol, words in json.loads(text).items()}
