@@ -105,6 +105,7 @@ class LiveSession:
     uid: int | None = None  # of the user whose processes carry the traffic, where no address does (SSH)
     ended: int = 0  # Unix seconds, 0 = it lives
     reason: str = ""
+    address6: str = ""  # its IPv6 address inside the tunnel
 
 
 Admit = Callable[[str], str | None]

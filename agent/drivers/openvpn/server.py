@@ -1,0 +1,299 @@
+"""One OpenVPN process that we are attached to: its clients, who asks to come in, and who has to go."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import structlog
+
+from agent.drivers.base import DriverError, LiveSession, Notify
+from agent.drivers.openvpn import process
+from agent.drivers.openvpn.config import Settings, quote
+from agent.drivers.openvpn.logins import Logins
+from agent.drivers.openvpn.management import Management
+from agent.drivers.openvpn.messages import ClientEvent, MalformedMessage, Notice, Row, login_name, remote, table
+from agent.drivers.openvpn.process import Process
+
+log = structlog.get_logger(__name__)
+
+SERVER_ENDED = "the server ended"
+_START = 20.0  # seconds; the host may be busy
+_EXIT = 1.0
+# A client that was refused is kept for five seconds, so that what it still sends is not taken for a new handshake.
+_LINGER = 10.0
+_UNHEARD_KEYS = range(64)  # key negotiations of a client that was let in by an agent before this one
+
+
+@dataclass(slots=True)
+class Client:
+    cid: int
+    username: str
+    keys: list[int] = field(default_factory=list)  # numbers of the key negotiations that were let in
+    adopted: bool = False  # `keys` is not all of them
+    established: bool = False
+    remote: str = ""
+    address: str = ""
+    address6: str = ""
+    since: int = 0
+    rx: int = 0
+    tx: int = 0
+
+
+class Server:
+    def __init__(
+        self,
+        running: Process,
+        settings: Settings,
+        name: str,
+        management: Management,
+        *,
+        boot_id: str,
+        logins: Logins,
+        ended: Callable[[LiveSession], None],
+        notify: Notify,
+    ) -> None:
+        self.process = running
+        self.settings = settings
+        self.name = name
+        self._management = management
+        self._boot_id = boot_id
+        self._logins = logins
+        self._ended = ended
+        self._notify = notify
+        self._clients: dict[int, Client] = {}
+        self._leaving: dict[int, float] = {}  # cid -> when it has to be gone at the latest
+        self._examinations: set[asyncio.Task[None]] = set()
+        self._farewell: asyncio.Task[None] | None = None
+        self._serving = asyncio.Event()
+        self._words = ""
+        self._attach(management)
+
+    @property
+    def alive(self) -> bool:
+        return process.alive(self.process)
+
+    @property
+    def attached(self) -> bool:
+        return self._management.open
+
+    @property
+    def has_clients(self) -> bool:
+        return bool(self._clients)
+
+    async def go(self) -> None:
+        """Open the port; raise DriverError with OpenVPN's own words where it cannot."""
+        self._management.tell("state on", "hold release")
+        serving = asyncio.create_task(self._serving.wait())
+        drained = asyncio.create_task(self._management.drained())
+        try:
+            await asyncio.wait((serving, drained), timeout=_START, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            serving.cancel()
+            drained.cancel()
+        if not self._serving.is_set():
+            raise DriverError(self._words or f"openvpn did not begin to serve within {_START:g} s")
+
+    async def adopt(self) -> bool:
+        """Learn the clients of a process that another agent started; return whether it serves at all."""
+        states = await self._management.ask("state", listing=True)
+        if not any(line.split(",")[1:2] == ["CONNECTED"] for line in states):
+            return False
+        self._management.tell("state on")
+        for row in await self._look():
+            if not row.address:
+                # It asked to come in while nobody was attached. It would wait for a minute: have it ask again.
+                self._management.tell(f"client-kill {row.cid}")
+        return True
+
+    async def attach(self, management: Management) -> None:
+        """Go on with a new connection to the process; it lived on while the old one was lost."""
+        self._attach(management)
+        await self.adopt()
+
+    async def sessions(self) -> list[LiveSession]:
+        if self.attached:
+            await self._look()
+        return [self._session(client) for client in self._clients.values() if client.established]
+
+    def clients(self, *, usernames: Iterable[str] = (), session: str = "") -> list[Client]:
+        """Those that are in by one of these names, or have this session."""
+        wanted = set(usernames)
+        return [
+            client
+            for client in self._clients.values()
+            if client.username in wanted or (session and self._session_id(client.cid) == session)
+        ]
+
+    async def disconnect(self, clients: Iterable[Client], reason: str) -> None:
+        """End their sessions: when this returns no packet of theirs passes any more.
+
+        The first command tells the client, and gives it five seconds that a hostile one would use. Refusing its keys
+        afterwards makes them worthless at once.
+        """
+        leaving = list(clients)
+        if not leaving:
+            return
+        for client in leaving:
+            self._leaving[client.cid] = time.monotonic() + _LINGER
+            self._expel(client.cid, _UNHEARD_KEYS if client.adopted else client.keys)
+            client.keys.clear()
+        await self._management.ask("pid")  # it has obeyed before it answers
+        await self._look()
+        for client in leaving:
+            self._finish(client, reason)
+
+    async def end(self) -> None:
+        """End the process; what it says of its clients on the way out is heard."""
+        await process.end(self.process)
+        await self._management.drained()
+        await self._lost(SERVER_ENDED)
+
+    async def close(self) -> None:
+        for task in (*self._examinations, self._farewell):
+            if task is not None:
+                task.cancel()
+        await self._management.close()
+
+    def _attach(self, management: Management) -> None:
+        self._management = management
+        management.listen(self._heard, self._disconnected)
+
+    def _heard(self, message: ClientEvent | Notice) -> None:
+        if isinstance(message, Notice):
+            if message.source == "STATE" and message.text.split(",")[1:2] == ["CONNECTED"]:
+                self._serving.set()
+            elif message.source == "FATAL":
+                self._words = message.text
+        elif message.kind in ("CONNECT", "REAUTH"):
+            self._asked(message)
+        elif message.kind == "ESTABLISHED":
+            self._established(message)
+        elif message.kind == "DISCONNECT":
+            self._left(message)
+
+    def _asked(self, event: ClientEvent) -> None:
+        username = login_name(event.variables.get("username", ""), event.variables.get("common_name", ""))
+        again = event.kind == "REAUTH"
+        reason = self._logins.decide(username, event.variables, again=again)
+        if reason is not None:
+            self._answer(event, username, reason)
+            return
+        task = asyncio.create_task(self._examine(event, username, again=again))
+        self._examinations.add(task)
+        task.add_done_callback(self._examinations.discard)
+
+    async def _examine(self, event: ClientEvent, username: str, *, again: bool) -> None:
+        reason = await self._logins.examine(username, event.variables, again=again)
+        if self.attached:
+            self._answer(event, username, reason)
+
+    def _answer(self, event: ClientEvent, username: str, reason: str) -> None:
+        cid, kid = event.cid, event.kid or 0
+        if event.cid in self._leaving:
+            reason = reason or "this session was ended"
+        if not reason:
+            client = self._clients.setdefault(cid, Client(cid, username))
+            client.keys.append(kid)
+            self._management.tell(f"client-auth-nt {cid} {kid}")
+            return
+        words = quote("".join(character if character.isprintable() else " " for character in reason))
+        self._management.tell(f"client-deny {cid} {kid} {words} {words}")
+        if (known := self._clients.get(cid)) is not None:
+            # A refused renewal would leave the old key in use for up to an hour.
+            self._leaving[cid] = time.monotonic() + _LINGER
+            self._expel(cid, _UNHEARD_KEYS if known.adopted else known.keys)
+            self._finish(known, reason)
+
+    def _expel(self, cid: int, keys: Iterable[int]) -> None:
+        self._management.tell(f"client-kill {cid}", *(f"client-deny {cid} {kid} ended" for kid in keys))
+
+    def _established(self, event: ClientEvent) -> None:
+        client = self._clients.get(event.cid)
+        if client is None:
+            return
+        told = event.variables
+        client.established = True
+        client.remote = remote(told.get("trusted_ip") or told.get("trusted_ip6", ""), told.get("trusted_port", ""))
+        client.address = told.get("ifconfig_pool_remote_ip", "")
+        client.address6 = told.get("ifconfig_pool_remote_ip6", "")
+        client.since = int(told.get("time_unix") or time.time())
+        self._notify()
+
+    def _left(self, event: ClientEvent) -> None:
+        self._leaving.pop(event.cid, None)
+        client = self._clients.get(event.cid)
+        if client is None:
+            return
+        # In this order: the variables name them from the client's side of the wire as seen here.
+        client.rx = max(client.rx, int(event.variables.get("bytes_received") or 0))
+        client.tx = max(client.tx, int(event.variables.get("bytes_sent") or 0))
+        self._finish(client, "")
+
+    def _finish(self, client: Client, reason: str) -> None:
+        if self._clients.pop(client.cid, None) is None or not client.established:
+            return
+        self._ended(self._session(client, ended=int(time.time()), reason=reason))
+        self._notify()
+
+    async def _look(self) -> list[Row]:
+        """Read the counters from the process, and take over clients that nobody told us of."""
+        try:
+            rows = table(await self._management.ask("status 3", listing=True))
+        except MalformedMessage as error:
+            raise DriverError(f"openvpn's status: {error}") from error
+        for row in rows:
+            if row.cid in self._leaving:
+                self._insist(row.cid)
+            elif row.address:
+                self._update(row)
+        return rows
+
+    def _update(self, row: Row) -> None:
+        client = self._clients.get(row.cid)
+        if client is None:
+            client = self._clients[row.cid] = Client(row.cid, row.username, adopted=True)
+        client.established = True
+        client.remote, client.address, client.address6 = row.remote, row.address, row.address6
+        client.since, client.rx, client.tx = row.since, row.rx, row.tx
+
+    def _insist(self, cid: int) -> None:
+        if time.monotonic() > self._leaving[cid]:
+            log.warning("openvpn.session_stays", transport=self.settings.transport, cid=cid)
+            self._leaving[cid] = time.monotonic() + _LINGER
+            self._expel(cid, _UNHEARD_KEYS)
+
+    def _disconnected(self) -> None:
+        self._farewell = asyncio.create_task(self._after_end())
+
+    async def _after_end(self) -> None:
+        """The connection ends a moment before the process does, where it does."""
+        if await process.gone(self.process, _EXIT):
+            await self._lost(SERVER_ENDED)
+        self._notify()
+
+    async def _lost(self, reason: str) -> None:
+        for client in list(self._clients.values()):
+            self._finish(client, reason)
+
+    def _session(self, client: Client, ended: int = 0, reason: str = "") -> LiveSession:
+        return LiveSession(
+            id=self._session_id(client.cid),
+            username=client.username,
+            remote=client.remote,
+            address=client.address,
+            address6=client.address6,
+            since=client.since,
+            rx=client.rx,
+            tx=client.tx,
+            ended=ended,
+            reason=reason,
+        )
+
+    def _session_id(self, cid: int) -> str:
+        """OpenVPN numbers its clients from 0 on, in each process."""
+        text = f"{self._boot_id} {self.process.pid} {self.process.started} {cid}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,179 @@
+"""OpenVPN's other end for tests: an authority that signs, and a real client in a namespace."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from tests.support.netns import Namespace, wait_until
+
+CONNECTED = "Initialization Sequence Completed"
+
+
+@dataclass(frozen=True)
+class Material:
+    """A client's certificate and key, both PEM."""
+
+    certificate: bytes
+    key: bytes
+
+    @property
+    def fingerprint(self) -> bytes:
+        return x509.load_pem_x509_certificate(self.certificate).fingerprint(hashes.SHA256())
+
+
+class Authority:
+    """The VPN authority, as the controller has it."""
+
+    def __init__(self) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test VPN authority")])
+        self._certificate = (
+            _builder(name, name, self._key.public_key(), timedelta(days=3650))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        self.tls_crypt = _genkey("tls-crypt-v2-server")
+
+    @property
+    def pem(self) -> str:
+        return self._certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+    def sign_server(self, request: bytes, life: timedelta = timedelta(days=365), age: timedelta = timedelta()) -> bytes:
+        public_key = x509.load_pem_x509_csr(request).public_key()
+        return self._sign("node", public_key, ExtendedKeyUsageOID.SERVER_AUTH, life, age)
+
+    def client(self, username: str) -> Material:
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self._sign(
+            username, key.public_key(), ExtendedKeyUsageOID.CLIENT_AUTH, timedelta(days=30), timedelta()
+        )
+        text = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        return Material(certificate, text)
+
+    def tls_crypt_client(self, directory: Path) -> str:
+        server = directory / f"tls-crypt.{hashlib.sha256(self.tls_crypt.encode()).hexdigest()[:8]}"
+        server.write_text(self.tls_crypt)
+        return _genkey("tls-crypt-v2-client", "--tls-crypt-v2", str(server))
+
+    def _sign(self, name: str, public_key: Any, usage: x509.ObjectIdentifier, life: timedelta, age: timedelta) -> bytes:
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        return (
+            _builder(subject, self._certificate.subject, public_key, life, age)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(
+                x509.KeyUsage(True, False, False, False, False, False, False, False, False),
+                critical=True,
+            )
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .sign(self._key, hashes.SHA256())
+            .public_bytes(serialization.Encoding.PEM)
+        )
+
+
+class Client:
+    """A client program in a namespace; `material` and `password` are what it logs in by."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        directory: Path,
+        authority: Authority,
+        *,
+        username: str = "",
+        password: str | None = None,
+        material: Material | None = None,
+        remote: str = "192.0.2.1",
+        port: int = 1194,
+        transport: str = "udp",
+        options: tuple[str, ...] = ("pull-filter ignore redirect-gateway",),
+    ) -> None:
+        self._namespace = namespace
+        self.device = f"tun{hashlib.sha256(str(id(self)).encode()).hexdigest()[:8]}"
+        self.log = directory / f"{self.device}.log"
+        self._config = directory / f"{self.device}.conf"
+        family = "6" if ":" in remote else "4"
+        lines = [
+            "client",
+            "dev-type tun",
+            f"dev {self.device}",
+            f"remote {remote} {port} {transport}{family}{'-client' if transport == 'tcp' else ''}",
+            "nobind",
+            "remote-cert-tls server",
+            "connect-retry 1 1",
+            "verb 3",
+            *options,
+            f"<ca>\n{authority.pem}</ca>",
+            f"<tls-crypt-v2>\n{authority.tls_crypt_client(directory)}</tls-crypt-v2>",
+        ]
+        if password is not None:
+            lines.append(f"<auth-user-pass>\n{username}\n{password}\n</auth-user-pass>")
+        if material is not None:
+            lines.append(f"<cert>\n{material.certificate.decode()}</cert>\n<key>\n{material.key.decode()}</key>")
+        self._config.touch(0o600)
+        self._config.write_text("\n".join(lines) + "\n")
+        self.process: subprocess.Popen[Any] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as output:
+            self.process = self._namespace.popen(
+                "openvpn", "--config", str(self._config), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def connected(self) -> bool:
+        return CONNECTED in self.said()
+
+    def wait_for(self, words: str, timeout: float = 30) -> None:
+        try:
+            wait_until(lambda: words in self.said(), timeout)
+        except TimeoutError as error:
+            raise AssertionError(f"the client did not say {words!r}:\n{self.said()}") from error
+
+    def connect(self, timeout: float = 30) -> None:
+        self.start()
+        self.wait_for(CONNECTED, timeout)
+
+    def ping(self, address: str, count: int = 1) -> bool:
+        argv = ("ping", "-c", str(count), "-i", "0.2", "-W", "2", "-I", self.device, address)
+        return f" {count} received" in self._namespace.run(*argv, check=False)
+
+    def end(self) -> None:
+        if self.process is not None:
+            self._namespace.end(self.process)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, public_key: Any, life: timedelta, age: timedelta = timedelta()
+) -> x509.CertificateBuilder:
+    begins = datetime.now(UTC) - age - timedelta(seconds=10)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begins)
+        .not_valid_after(begins + life)
+    )
+
+
+def _genkey(kind: str, *options: str) -> str:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "key"
+        subprocess.run(("openvpn", *options, "--genkey", kind, str(path)), capture_output=True, check=True, timeout=30)
+        return path.read_text()
