@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     enroll = commands.add_parser("enroll", help="join a fleet with a token from the controller")
     enroll.add_argument("--token", help="the join token; - reads it from standard input", required=True)
     enroll.add_argument("--dir", type=Path, default=DIRECTORY, help="where keys and state are kept (%(default)s)")
+    enroll.add_argument("--protocols", help="what this host serves, such as wireguard,openvpn,ssh,l2tp (wireguard)")
     run = commands.add_parser("run", help="serve")
     run.add_argument("--config", type=Path, default=DIRECTORY / "agent.yaml", help="the settings (%(default)s)")
     adopt = commands.add_parser("import", help="adopt an interface that wg-quick runs, with its clients")
@@ -55,18 +56,22 @@ def _parser() -> argparse.ArgumentParser:
 def _command(options: argparse.Namespace) -> Coroutine[Any, Any, int]:
     match options.command:
         case "enroll":
-            return _enroll(options.token, options.dir)
+            return _enroll(options.token, options.dir, options.protocols)
         case "import":
             return _import(options.file, options.dir, options.interface)
         case _:
             return _run(options.config)
 
 
-async def _enroll(token: str, directory: Path) -> int:
+async def _enroll(token: str, directory: Path, wanted: str | None) -> int:
     from agent.enrolment import enrol
 
+    try:
+        protocols = config.parse_protocols(wanted) if wanted is not None else ()
+    except ValueError as error:
+        raise AgentError(f"--protocols: {error}") from error
     text = await asyncio.to_thread(sys.stdin.readline) if token == STANDARD_INPUT else token
-    answer = await enrol(text, await asyncio.to_thread(directory.absolute))
+    answer = await enrol(text, await asyncio.to_thread(directory.absolute), protocols)
     print(f"enrolled as {answer.name} ({answer.node_id})")
     print(f"run: skynetvpn-agent run --config {directory / 'agent.yaml'}")
     return 0

@@ -14,6 +14,7 @@ import yaml
 from agent.drivers.wireguard import Backend as Backend
 from agent.errors import AgentError
 from shared import settings
+from shared.resource import Protocol
 
 PREFIX = "SKYNETVPN_AGENT"
 
@@ -57,10 +58,27 @@ def _share(value: float) -> float:
     return value
 
 
+def _protocols(value: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
+    if not value or len(set(value)) != len(value):
+        raise ValueError("must name one protocol at least, and each once")
+    return value
+
+
+def parse_protocols(text: str) -> tuple[Protocol, ...]:
+    """The protocols of a list such as `wireguard,openvpn`; raise ValueError."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    known = ", ".join(Protocol)
+    for name in names:
+        if name not in list(Protocol):
+            raise ValueError(f"{name!r} is not one of {known}")
+    return _protocols(tuple(Protocol(name) for name in names))
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     directory: Path  # keys, certificates and the stored desired state
     controller: str = field(metadata=settings.check(_address))  # host:port of the node channel
+    protocols: tuple[Protocol, ...] = field(default=(Protocol.WIREGUARD,), metadata=settings.check(_protocols))
     backend: Backend = Backend.AUTO
     metrics: str = field(default="127.0.0.1:9586", metadata=settings.check(_address_or_off))  # "" = off
     capacity_mbit: int = field(default=1000, metadata=settings.check(_positive))
@@ -77,15 +95,18 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
     return settings.load(Config, _read(path), environ=environ, prefix=PREFIX, source=str(path))
 
 
-def render(path: Path, *, directory: Path, controller: str) -> bytes:
+def render(path: Path, *, directory: Path, controller: str, protocols: tuple[Protocol, ...] = ()) -> bytes:
     """The file for `enroll` to write at this path: what it knows, and every other setting that is there already.
 
     Raises AgentError where what is there cannot be kept.
     """
+    known: dict[str, Any] = {"controller": controller, "directory": str(directory)}
+    if protocols:
+        known["protocols"] = [str(protocol) for protocol in protocols]
     kept = _read(path) if path.exists() else {}
     if not isinstance(kept, dict):
         raise AgentError(f"{path} has no settings in it: correct it, or remove it")
-    return yaml.safe_dump(kept | {"controller": controller, "directory": str(directory)}).encode()
+    return yaml.safe_dump(kept | known).encode()
 
 
 def _read(path: Path) -> Any:

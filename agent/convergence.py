@@ -12,6 +12,7 @@ from agent.desired import Change, Desired, Name
 from agent.drivers.base import Device, DriverError
 from agent.host import Host
 from agent.plan import Action, EnsureInterface, RemovePeer, SetPeer, plan, steps
+from agent.services import Services
 from shared.desired import Kind, Peer, digest_bytes
 from shared.keys import encode_key
 from shared.protocol import Applied, Drift, Failure
@@ -25,11 +26,11 @@ log = structlog.get_logger()
 class Convergence:
     """The caller sees to it that its methods never overlap."""
 
-    def __init__(self, host: Host, counters: Counters, desired: Desired) -> None:
+    def __init__(self, host: Host, counters: Counters, desired: Desired, services: Services) -> None:
         self.desired = desired
         self.prune = False  # until the first sync nothing is removed from the host
         self.generation = ""
-        self._host, self._counters = host, counters
+        self._host, self._counters, self._services = host, counters, services
         self._proven: bytes | None = None  # the host's fingerprint when it was seen to be exactly as desired
         self._running = ""  # the interface that this process has set up
         self._down: str | None = None  # why no peer can be on the host at all
@@ -40,6 +41,7 @@ class Convergence:
         """Take over the new desired state as a whole."""
         before, self.desired = self.desired, desired
         self._proven = None
+        self._services.become(desired.logins, prune=self.prune)
         old, new = before.interface, desired.interface
         if self.prune and old is not None and self._running == old.name and (new is None or new.name != old.name):
             try:
@@ -60,7 +62,7 @@ class Convergence:
             self._count(failed, None)
             return actions
         try:
-            unprotected = await self._protect()
+            unprotected = await self.protect()
             device = await self._host.observe(spec.name)
             actions = self._plan(device)
             if actions:
@@ -80,8 +82,11 @@ class Convergence:
 
         Return what was done and not yet logged.
         """
-        self._proven = None
         spec = self.desired.interface
+        if not change.withdrawn and not change.admitted:
+            self._settle()
+            return []
+        self._proven = None
         if spec is None or self._down is not None:
             return []  # the change is desired now, and waits with all the others for the interface
         retry = [key for key, (name, old) in change.withdrawn.items() if self._fault(name, old) is not None]
@@ -100,9 +105,8 @@ class Convergence:
         spec = self.desired.interface
         assert spec is not None
         try:
-            if await self._host.protect(spec):
-                self._counters.drift += 1
-                log.warning("firewall_healed")
+            if (words := await self.protect()) is not None:
+                raise DriverError(words)
             seen = await self._host.fingerprint(spec.name)
             if seen is not None and seen == self._proven:
                 return True
@@ -114,8 +118,9 @@ class Convergence:
         return same
 
     async def impact(self, wanted: Desired, *, prune: bool) -> tuple[int, int]:
-        """How many peers of this node `wanted` would remove, and how many it has: stored for it, or on the host where
-        what nobody asked for would be removed."""
+        """How many peers and logins of this node `wanted` would remove, and how many it has: stored for it, or on the
+        host where what nobody asked for would be removed."""
+        removes, there = self._services.impact(wanted.logins)
         present = set(self.desired.peers)
         spec = self.desired.interface or wanted.interface
         if spec is not None and prune:
@@ -123,8 +128,8 @@ class Convergence:
                 device = await self._host.observe(spec.name)
                 present.update(peer.public_key for peer in (device.peers if device is not None else ()))
         if wanted.interface is None:
-            return len(present), len(present)
-        return sum(key not in wanted.peers for key in present), len(present)
+            return removes + len(present), there + len(present)
+        return removes + sum(key not in wanted.peers for key in present), there + len(present)
 
     def drifts(self, actions: Sequence[Action]) -> list[Drift]:
         """What a re-check found, by the scope it belongs to."""
@@ -144,10 +149,11 @@ class Convergence:
 
     def applied(self, name: str) -> Applied:
         failures = [Failure(kind, key, words[:_MAX_WORDS]) for (kind, key), words in self._failures(name).items()]
+        scope = self.desired.scopes[name]
         return Applied(
             scope=name,
-            revision=self.desired.scopes[name].revision,
-            digest=digest_bytes(self._totals.get(name, 0)),
+            revision=scope.revision,
+            digest=digest_bytes(self._totals.get(name, 0) + scope.stored + self._services.total(name)),
             failures=failures[:_MAX_FAILURES],
         )
 
@@ -160,11 +166,13 @@ class Convergence:
         assert spec is not None
         return plan(device, spec, self.desired.peers, public_key=self._host.public_key, prune=self.prune)
 
-    async def _protect(self) -> str | None:
-        """Load the packet filter; where that fails the tunnels go on, and the interface is reported as failed."""
-        assert self.desired.interface is not None
+    async def protect(self) -> str | None:
+        """Load the packet filter; where that fails the tunnels go on, and the words are for the report."""
+        tunnels = self._services.tunnels()
+        if self.desired.interface is None and not tunnels:
+            return None
         try:
-            if await self._host.protect(self.desired.interface):
+            if await self._host.protect(self.desired.interface, tunnels):
                 self._counters.drift += 1
                 log.warning("firewall_healed")
         except DriverError as error:
@@ -224,7 +232,7 @@ class Convergence:
         self._counters.peers = 0 if self._down else len(self.desired.peers)
 
     def _failures(self, name: str) -> dict[Name, str]:
-        failures = self.desired.refusals(name) | self._faults.get(name, {})
+        failures = self.desired.refusals(name) | self._faults.get(name, {}) | self._services.failures(name)
         if self._down is not None:
             for key, peer in self.desired.scopes[name].peers.items():
                 if self.desired.peers.get(key) is peer:

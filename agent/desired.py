@@ -11,12 +11,14 @@ imported addresses beside its own. Until it is, nothing of the controller is on 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_interface, ip_network
 
 from msgspec.structs import replace
 
+from agent.logins import ALLOWANCE_SPENT, LEASE_ENDED, Logins
+from agent.logins import Name as Name
 from shared.desired import Interface, Kind, Payload, Peer, decode
 from shared.keys import decode_key, encode_key
 from shared.protocol import Resource
@@ -24,7 +26,7 @@ from shared.protocol import Resource
 # The interface and peers of an adopted wg-quick file: the controller does not know them, only an operator removes them.
 IMPORTED = "imported"
 
-Name = tuple[str, str]  # kind, key
+_STORED = (Kind.LEASE, Kind.SESSION_END)  # the host shows nothing of them: they are the agent's own
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ class Scope:
     peers: dict[bytes, Peer] = field(default_factory=dict)
     others: dict[Name, Payload] = field(default_factory=dict)  # of all other kinds
     invalid: dict[Name, str] = field(default_factory=dict)
+    stored: int = 0  # the sum of the digests of what counts by being stored
 
     def put(self, resource: Resource) -> Payload | None:
         """Take the resource in; one that no host should apply is only noted."""
@@ -51,6 +54,8 @@ class Scope:
             self.peers[payload.public_key] = payload
         else:
             self.others[name] = payload
+            if resource.kind in _STORED:
+                self.stored += payload.digest()
         return payload
 
     def discard(self, name: Name) -> None:
@@ -60,8 +65,8 @@ class Scope:
             self.interfaces.pop(key, None)
         elif kind == Kind.WIREGUARD_PEER:
             self.peers.pop(_raw(key), None)
-        else:
-            self.others.pop(name, None)
+        elif (gone := self.others.pop(name, None)) is not None and kind in _STORED:
+            self.stored -= gone.digest()
 
 
 def scope_of(epoch: str, revision: int, resources: Iterable[Resource]) -> Scope:
@@ -73,17 +78,26 @@ def scope_of(epoch: str, revision: int, resources: Iterable[Resource]) -> Scope:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What left the desired peers and what came, each with its scope; a changed peer is in both."""
+    """What left the desired peers and what came, each with its scope; a changed peer is in both.
+
+    `others` are the resources of all other kinds that were touched.
+    """
 
     withdrawn: dict[bytes, tuple[str, Peer]] = field(default_factory=dict)
     admitted: dict[bytes, tuple[str, Peer]] = field(default_factory=dict)
+    others: set[Name] = field(default_factory=set)
 
 
 class Desired:
-    """`interface` and `peers` are what the host must have now; `owner` is the scope that names the interface."""
+    """`interface` and `peers` are what the host must have now; `owner` is the scope that names the interface.
 
-    def __init__(self, scopes: Mapping[str, Scope], now: float) -> None:
+    `spent` are the metered accounts that have used up their allowance; whoever changes it calls `bar` or `revive`.
+    """
+
+    def __init__(self, scopes: Mapping[str, Scope], now: float, spent: Collection[int] = frozenset()) -> None:
         self.scopes = dict(scopes)
+        self.logins = Logins(self.scopes, now, spent)
+        self._spent = spent
         self.peers: dict[bytes, Peer] = {}
         self.interface: Interface | None = None
         self.owner: str | None = None
@@ -98,11 +112,11 @@ class Desired:
             self._admit(name, peer, now)
 
     def with_scope(self, name: str, scope: Scope, now: float) -> Desired:
-        return Desired({**self.scopes, name: scope}, now)
+        return Desired({**self.scopes, name: scope}, now, self._spent)
 
     def without(self, names: Iterable[str], now: float) -> Desired:
         dropped = set(names)
-        return Desired({name: scope for name, scope in self.scopes.items() if name not in dropped}, now)
+        return Desired({name: scope for name, scope in self.scopes.items() if name not in dropped}, now, self._spent)
 
     def scope_name(self, public_key: bytes) -> str | None:
         """The scope that an admitted peer comes from."""
@@ -112,33 +126,37 @@ class Desired:
     def refusals(self, name: str) -> dict[Name, str]:
         """What this scope asks for and the host does not get, with the reason."""
         expired = {
-            (str(Kind.WIREGUARD_PEER), encode_key(key)): "its lease has ended"
+            (str(Kind.WIREGUARD_PEER), encode_key(key)): self._end_of(self.scopes[scope].peers[key])
             for key, scope in self._expired.items()
             if scope == name
         }
-        return self.scopes[name].invalid | self._refused[name] | expired
+        return self.scopes[name].invalid | self._refused[name] | expired | self.logins.refusals(name)
 
     def change(self, name: str, upserts: Sequence[Resource], removals: Sequence[Name], now: float) -> Change:
-        """Change the peers of one scope; the cost is that of the change, not of the scope."""
+        """Change what one scope has, but for interfaces; the cost is that of the change, not of the scope."""
         change = Change()
         scope = self.scopes[name]
         for kind, key in [*removals, *((resource.kind, resource.key) for resource in upserts)]:
             self._refused[name].pop((kind, key), None)
             if kind == Kind.WIREGUARD_PEER:
                 self._withdraw(name, scope.peers.get(_raw(key)), change)
+            else:
+                change.others.add((kind, key))
         for removal in removals:
             scope.discard(removal)
         for resource in upserts:
             payload = scope.put(resource)
             if isinstance(payload, Peer):
                 self._admit(name, payload, now, change)
+        if change.others:
+            self.logins.refresh(change.others, now)
         if change.withdrawn:
             self._reconsider(now, change)
         return change
 
     def expire(self, now: float) -> Change:
-        """Withdraw the peers whose lease has ended."""
-        change = Change()
+        """Withdraw the peers and logins whose lease has ended."""
+        change = Change(others=self.logins.expire(now))
         while self._leases and self._leases[0][0] <= now:
             _, key = heapq.heappop(self._leases)
             peer, name = self.peers.get(key), self.scope_name(key)
@@ -149,21 +167,43 @@ class Desired:
             self._reconsider(now, change)
         return change
 
+    def bar(self, accounts: Collection[int], now: float) -> Change:
+        """Withdraw the peers and logins of accounts whose allowance has been used up."""
+        change = Change(others=self.logins.bar(accounts, now))
+        for peer in [peer for peer in self.peers.values() if peer.account in accounts and _metered(peer)]:
+            if (name := self.scope_name(peer.public_key)) is not None:
+                self._withdraw(name, peer, change)
+                self._expired[peer.public_key] = name
+        if change.withdrawn:
+            self._reconsider(now, change)
+        return change
+
     def revive(self, now: float) -> Change:
-        """Admit again what had expired only because the clock was ahead."""
-        change = Change()
+        """Admit again those that have a new lease, or had expired only because the clock was ahead."""
+        change = Change(others=self.logins.revive(now))
         for key, name in list(self._expired.items()):
             peer = self.scopes[name].peers[key]
-            if peer.not_after is None or peer.not_after > now:
+            if not self._has_ended(peer, now):
                 del self._expired[key]
                 self._admit(name, peer, now, change)
         return change
 
     def next_expiry(self) -> int | None:
+        return min((first for first in (self.logins.next_expiry(), self._first_lease()) if first), default=None)
+
+    def _first_lease(self) -> int | None:
         return self._leases[0][0] if self._leases else None
 
+    def _has_ended(self, peer: Peer, now: float) -> bool:
+        return (peer.not_after is not None and peer.not_after <= now) or (
+            bool(self._spent) and peer.account in self._spent and _metered(peer)
+        )
+
+    def _end_of(self, peer: Peer) -> str:
+        return ALLOWANCE_SPENT if peer.account in self._spent and _metered(peer) else LEASE_ENDED
+
     def _admit(self, name: str, peer: Peer, now: float, change: Change | None = None) -> None:
-        if peer.not_after is not None and peer.not_after <= now:
+        if self._has_ended(peer, now):
             self._expired[peer.public_key] = name
             return
         reason = self._objection(name, peer)
@@ -266,6 +306,10 @@ def _joined(wanted: Interface, kept: Interface | None) -> Interface:
 def _own_addresses(interface: Interface | None) -> frozenset[str]:
     addresses = interface.addresses if interface is not None else ()
     return frozenset(str(ip_network(ip_interface(address).ip)) for address in addresses)
+
+
+def _metered(peer: Peer) -> bool:
+    return peer.limits is not None and peer.limits.metered
 
 
 def _raw(key: str) -> bytes:

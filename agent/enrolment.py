@@ -14,12 +14,13 @@ from agent.errors import AgentError, in_words
 from agent.identity import CONFIG, Identity, client_context, signing_request
 from shared import __version__, jointoken
 from shared.protocol import CA_PATH, CONTROLLER_NAME, ENROL_PATH, EnrolAnswer, EnrolRefusal, EnrolRequest
+from shared.resource import Protocol
 
 _TIMEOUT = aiohttp.ClientTimeout(total=30)
 _MAX_ANSWER = 1 << 20
 
 
-async def enrol(text: str, directory: Path) -> EnrolAnswer:
+async def enrol(text: str, directory: Path, protocols: tuple[Protocol, ...] = ()) -> EnrolAnswer:
     """Run the whole enrolment; may be repeated with the same token, the keys of the first try are used again."""
     try:
         token = jointoken.decode(text)
@@ -29,7 +30,7 @@ async def enrol(text: str, directory: Path) -> EnrolAnswer:
     files.make_private_directory(directory)
     with files.locked(directory):
         path = directory / CONFIG
-        settings = config.render(path, directory=directory, controller=token.address)
+        settings = config.render(path, directory=directory, controller=token.address, protocols=protocols)
         identity = Identity(directory)
         key = identity.ensure_key(identity.current.key)
         identity.ensure_wireguard_key()

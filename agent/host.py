@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from agent.drivers.base import Device, DeviceMissing, DriverError, FirewallDriver, WireGuardDriver
+from agent.drivers.base import Device, DeviceMissing, DriverError, FirewallDriver, Tunnels, WireGuardDriver
 from agent.plan import Action, EnsureInterface, RemovePeer, SetPeer
 from shared.desired import Interface, Peer
 from shared.keys import PrivateKey
 from shared.protocol import PeerStats
 
 _MAX_SINGLE_FAILURES = 16  # after so many the fault is not in single peers
+
+# What the loaded table was made for, and its fingerprint.
+_Guarded = tuple[tuple[Interface | None, tuple[Tunnels, ...]], str | None] | None
 
 
 class Host:
@@ -25,7 +29,8 @@ class Host:
         self._opened: WireGuardDriver | None = None
         self._firewall = firewall
         self._key = key
-        self._guarded: tuple[Interface | None, str | None] = (None, None)  # what the loaded table was made for
+        self._guarded: _Guarded = None
+        self._loading = asyncio.Lock()  # servers are protected from tasks of their own
         self.public_key = public_key
 
     async def wireguard(self) -> WireGuardDriver:
@@ -50,15 +55,17 @@ class Host:
     async def remove(self, name: str) -> None:
         await (await self.wireguard()).remove(name)
 
-    async def protect(self, interface: Interface) -> bool:
+    async def protect(self, interface: Interface | None, tunnels: tuple[Tunnels, ...] = ()) -> bool:
         """Load the packet filter unless it is as it was loaded; True where somebody else had changed it."""
-        fingerprint = await self._firewall.observe()
-        made_for, loaded = self._guarded
-        if made_for == interface and fingerprint is not None and fingerprint == loaded:
-            return False
-        await self._firewall.apply([interface])
-        self._guarded = (interface, await self._firewall.observe())
-        return made_for == interface
+        async with self._loading:
+            fingerprint = await self._firewall.observe()
+            made_for, loaded = self._guarded or (None, None)
+            wanted = (interface, tunnels)
+            if made_for == wanted and fingerprint is not None and fingerprint == loaded:
+                return False
+            await self._firewall.apply([interface] if interface is not None else [], tunnels)
+            self._guarded = (wanted, await self._firewall.observe())
+            return made_for == wanted
 
     async def carry_out(self, name: str, actions: Sequence[Action]) -> dict[bytes, str]:
         """Return the peers that failed, each with the driver's words.

@@ -5,42 +5,46 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import structlog
 
+from agent.answers import Answers
 from agent.convergence import Convergence, log_actions
 from agent.counters import Counters
 from agent.desired import IMPORTED, Change, Desired, scope_of
 from agent.host import Host
+from agent.logins import Logins, Name
+from agent.services import Services
+from agent.serving import Outcome, Serving
 from agent.snapshots import Staging
 from agent.state import State, StateError, Stored
 from shared import __version__
-from shared.desired import Kind, Peer
+from shared.desired import Kind, Peer, Protocol
 from shared.protocol import (
     PROTOCOL_VERSION,
-    Applied,
     Delta,
+    Drift,
     Frame,
     Hello,
     PeerStats,
-    Refused,
     ResourceName,
-    Resync,
     Snapshot,
     Welcome,
 )
 
 _BACKUP_SECONDS = 600
 _STUCK_SECONDS = 120
+_PATIENCE = 1.0  # so long the answer to a change of peers waits for the servers' work of the same scope
+_WORK_SECONDS = 10.0  # and so long that to a change of their own
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """How much of its peers a node lets a snapshot remove without the operator's confirmation."""
+    """How much of its peers and logins a node lets a snapshot remove without the operator's confirmation."""
 
     share: float = 0.5
     minimum: int = 10
@@ -50,7 +54,10 @@ class Guard:
 
 
 class Reconciler:
-    """One task at a time holds `_turn`: frames, leases, the periodic re-check and the reading of counters."""
+    """One task at a time holds `_turn`: frames, leases, the periodic re-check and the reading of counters.
+
+    The servers of other protocols work in tasks of their own; only answers wait for them.
+    """
 
     def __init__(
         self,
@@ -62,18 +69,27 @@ class Reconciler:
         boot_id: str,
         guard: Guard,
         recheck_seconds: float,
+        services: Services | None = None,
+        spent: Collection[int] = frozenset(),
+        ledger: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.inbox: asyncio.Queue[Welcome | Delta | Snapshot] = asyncio.Queue(64)
         self.last_added = 0.0  # monotonic time at which a peer was added that may be waited for
+        self.ledger = ledger
         self._state, self._host, self._send, self._counters = state, host, send, counters
+        self._answers = Answers(send, counters)
+        self._services = services or Services((Protocol.WIREGUARD,))
+        self._services.settled, self._services.protect = self._settled, self._protect
+        self._spent = spent
         self._boot_id, self._guard = boot_id, guard
         self._recheck_seconds, self._clock = recheck_seconds, clock
-        self._convergence = Convergence(host, counters, Desired({}, clock()))
+        self._convergence = Convergence(host, counters, Desired({}, clock(), spent), self._services)
         self._epoch = ""
         self._session = Welcome(version=PROTOCOL_VERSION, epoch="", node_id="", scopes=[])
         self._staging = Staging()
-        self._resyncs: dict[str, tuple[int, asyncio.TimerHandle | None]] = {}
+        self._late: asyncio.Queue[str] = asyncio.Queue()  # scopes whose answer must wait no longer
+        self._held: dict[str, asyncio.TimerHandle] = {}
         self._began_to_fail = asyncio.Event()
         self._lock = asyncio.Lock()
         self._busy_since: float | None = None
@@ -96,6 +112,10 @@ class Reconciler:
     def _desired(self) -> Desired:
         return self._convergence.desired
 
+    @property
+    def logins(self) -> Logins:
+        return self._desired.logins
+
     def hello(self) -> Hello:
         revisions = {
             name: scope.revision
@@ -110,6 +130,9 @@ class Reconciler:
             revisions=revisions,
             wireguard_public_key=self._host.public_key,
             backend=self._host.backend,
+            protocols=[str(protocol) for protocol in self._services.protocols],
+            ssh_host_keys=self._services.host_keys,
+            ledger=self.ledger,
         )
 
     def alive(self) -> bool:
@@ -138,7 +161,7 @@ class Reconciler:
             for name, kept in stored.scopes.items()
         }
         async with self._turn():
-            await self._convergence.become(Desired(scopes, self._clock()))
+            await self._convergence.become(Desired(scopes, self._clock(), self._spent))
         log.info("started", scopes=len(scopes), peers=len(self.peers), trusted=stored.trusted)
 
     async def run(self) -> None:
@@ -146,17 +169,32 @@ class Reconciler:
             tasks.create_task(self._take_frames())
             tasks.create_task(self._recheck_periodically())
             tasks.create_task(self._enforce_leases())
+            tasks.create_task(self._answer_late())
+            tasks.create_task(self._services.run())
 
     async def recheck(self) -> None:
         """Read the host back, heal what is not as desired, and report it."""
         async with self._turn():
             await self._recheck()
 
+    async def bar(self, accounts: Collection[int]) -> None:
+        """Take the peers and logins of these accounts off the host: they are in `spent` now."""
+        async with self._turn():
+            await self._change(self._desired.bar(accounts, self._clock()), reason="allowance_spent")
+
+    async def revive(self) -> None:
+        """Put back whoever is barred without a reason any more."""
+        async with self._turn():
+            await self._revive("allowance_renewed")
+
     async def close(self) -> None:
-        self._forget_resyncs()
+        self._answers.forget_resyncs()
+        for timer in self._held.values():
+            timer.cancel()
         with contextlib.suppress(StateError):
             await self._state.backup()
         await self._state.close()
+        await self._services.close()
         await self._host.close()
 
     # --- tasks ---
@@ -210,7 +248,7 @@ class Reconciler:
     async def _welcome(self, frame: Welcome) -> None:
         self._session = frame
         self._staging.clear()
-        self._forget_resyncs()
+        self._answers.forget_resyncs()
         if self._epoch and frame.epoch != self._epoch:
             log.warning("epoch_changed", stored=self._epoch, controller=frame.epoch)
         gone = [name for name in self._desired.scopes if name not in frame.scopes and name != IMPORTED]
@@ -226,7 +264,7 @@ class Reconciler:
         if self._guard.refuses(removes, present):
             for name in names:
                 words = "the controller no longer names this scope"
-                self._refuse(name, self._desired.scopes[name].revision, words, removes, present)
+                self._answers.refuse(name, self._desired.scopes[name].revision, words, removes, present)
             return
         if await self._stored(self._state.drop(names)):
             log.info("scopes_dropped", scopes=names, removes=removes)
@@ -235,20 +273,20 @@ class Reconciler:
     async def _delta(self, frame: Delta) -> None:
         scope = self._desired.scopes.get(frame.scope)
         if frame.scope == IMPORTED or scope is None or scope.epoch != frame.epoch or frame.epoch != self._epoch:
-            self._resync(frame.scope, "the node has no state of this scope in this epoch")
+            self._answers.resync(frame.scope, "the node has no state of this scope in this epoch")
             return
         if frame.revision <= scope.revision:
             self._answer(frame.scope)  # a replay: it is here already
             return
         if frame.base > scope.revision:
-            await self._revoke(frame.scope, _peers(frame.removals))
-            self._resync(frame.scope, f"the node has revision {scope.revision}, not {frame.base}")
+            await self._revoke(frame.scope, _revocable(frame.removals))
+            self._answers.resync(frame.scope, f"the node has revision {scope.revision}, not {frame.base}")
             return
         if not await self._stored(self._state.change(frame.scope, frame.revision, frame.upserts, frame.removals)):
-            await self._revoke(frame.scope, _peers(frame.removals))
-            self._resync(frame.scope, "the node could not store the change")
+            await self._revoke(frame.scope, _revocable(frame.removals))
+            self._answers.resync(frame.scope, "the node could not store the change")
             return
-        self._synchronised(frame.scope)
+        self._answers.synchronised(frame.scope)
         scope.revision = frame.revision
         removals = [(removal.kind, removal.key) for removal in frame.removals]
         names = [*removals, *((resource.kind, resource.key) for resource in frame.upserts)]
@@ -257,7 +295,7 @@ class Reconciler:
                 scope.discard(name)
             for resource in frame.upserts:
                 scope.put(resource)
-            await self._convergence.become(Desired(self._desired.scopes, self._clock()))
+            await self._convergence.become(Desired(self._desired.scopes, self._clock(), self._spent))
             self._answer(frame.scope)
             return
         change = self._desired.change(frame.scope, frame.upserts, removals, self._clock())
@@ -272,30 +310,49 @@ class Reconciler:
 
     async def _change(self, change: Change, *, reason: str, scope: str = "") -> None:
         """Do a change and answer for every scope that it touched."""
+        others = self._touch(change.others, scope)
         actions = await self._convergence.apply(change)
         if change.admitted:
             self.last_added = time.monotonic()
         touched = {name for name, _ in (*change.withdrawn.values(), *change.admitted.values())}
-        for name in touched | ({scope} if scope else set()):
-            self._answer(name)
+        for name in touched.union(others, {scope} if scope else ()):
+            self._answer(name, _WORK_SECONDS if name in others else _PATIENCE)
         asyncio.get_running_loop().call_soon(log_actions, actions, reason)  # once the answer has gone out
+
+    def _touch(self, names: Collection[Name], scope: str) -> set[str]:
+        """Set the servers to work on what changed; return the scopes that it is part of."""
+        parts: dict[str, list[Name]] = {}
+        for name in names:
+            owner = scope or self.logins.owner(name)
+            if owner is not None:
+                parts.setdefault(owner, []).append(name)
+        for owner, part in parts.items():
+            self._services.touch(part, owner)
+        if parts:
+            self._services.noticed()
+        return set(parts)
+
+    async def _revive(self, reason: str) -> None:
+        revived = self._desired.revive(self._clock())
+        if revived.admitted or revived.others:
+            await self._change(revived, reason=reason)
 
     async def _snapshot(self, frame: Snapshot) -> None:
         if frame.scope == IMPORTED or frame.epoch != self._session.epoch:
             words = f"the epoch of this session is {self._session.epoch!r}, not {frame.epoch!r}"
-            self._refuse(frame.scope, frame.revision, words)
+            self._answers.refuse(frame.scope, frame.revision, words)
             return
         try:
             resources = self._staging.take(frame)
         except ValueError as error:
-            self._resync(frame.scope, str(error))
+            self._answers.resync(frame.scope, str(error))
             return
         if resources is None:
             return
         kept = self._desired.scopes.get(frame.scope)
         if kept is not None and kept.epoch == frame.epoch and frame.revision < kept.revision and not frame.confirmed:
             words = f"revision {frame.revision} is older than {kept.revision} of the same epoch, which the node has"
-            self._refuse(frame.scope, frame.revision, words)
+            self._answers.refuse(frame.scope, frame.revision, words)
             return
         scope = scope_of(frame.epoch, frame.revision, resources)
         wanted = self._desired.with_scope(frame.scope, scope, self._clock())
@@ -303,39 +360,38 @@ class Reconciler:
         removes, present = await self._convergence.impact(wanted, prune=prune)
         if self._guard.refuses(removes, present) and not frame.confirmed:
             words = f"the snapshot would remove {removes} of {present} peers"
-            self._refuse(frame.scope, frame.revision, words, removes, present)
+            self._answers.refuse(frame.scope, frame.revision, words, removes, present)
             return
         if not await self._stored(self._state.replace(frame.scope, frame.epoch, frame.revision, resources)):
             if kept is not None:
-                await self._revoke(
-                    frame.scope, [peer.key for key, peer in kept.peers.items() if key not in scope.peers]
-                )
-            self._resync(frame.scope, "the node could not store the snapshot")
+                peers = [
+                    (str(Kind.WIREGUARD_PEER), peer.key) for key, peer in kept.peers.items() if key not in scope.peers
+                ]
+                logins = [name for name in kept.others if name[0] == Kind.CREDENTIAL and name not in scope.others]
+                await self._revoke(frame.scope, [*peers, *logins])
+            self._answers.resync(frame.scope, "the node could not store the snapshot")
             return
-        self._synchronised(frame.scope)
+        self._answers.synchronised(frame.scope)
         self._epoch, self._convergence.prune = frame.epoch, prune
         await self._convergence.become(wanted)
         self._answer(frame.scope)
 
-    async def _revoke(self, name: str, keys: Sequence[str]) -> None:
-        """Take peers off the host whose end is known but cannot be stored now: nobody revoked stays for a full disk.
+    async def _revoke(self, scope: str, names: Sequence[Name]) -> None:
+        """Take off the host whose end is known but cannot be stored now: nobody revoked stays for a full disk.
 
         It is not acknowledged: after a restart the disk would bring them back, and the controller has to say it again.
         """
-        if keys:
-            names = [(Kind.WIREGUARD_PEER, key) for key in keys]
-            change = self._desired.change(name, [], names, self._clock())
+        if names and scope in self._desired.scopes:
+            change = self._desired.change(scope, [], names, self._clock())
+            self._touch(change.others, scope)
             log_actions(await self._convergence.apply(change), reason="not_stored")
 
     # --- the re-check ---
 
     async def _recheck(self) -> None:
+        await self._revive("clock_set_back")
         if self._desired.interface is None:
             return
-        revived = self._desired.revive(self._clock())
-        if revived.admitted:
-            await self._change(revived, reason="clock_set_back")
-        before = {name: self._convergence.applied(name) for name in self._desired.scopes}
         failing = self._convergence.failing()
         if not failing and await self._convergence.untouched():
             return
@@ -351,48 +407,58 @@ class Reconciler:
             )
             if drift.scope != IMPORTED:
                 self._send(drift)
-        for name in self._desired.scopes:
-            if (answer := self._convergence.applied(name)) != before[name]:
-                self._emit(answer)
+        self._tell_news(self._desired.scopes)
 
     # --- answers ---
 
-    def _answer(self, name: str) -> None:
-        self._emit(self._convergence.applied(name))
+    def _answer(self, name: str, patience: float = _PATIENCE) -> None:
+        """Acknowledge what the host has of the scope, once the servers are through with their part of it.
 
-    def _emit(self, answer: Applied) -> None:
-        if answer.scope == IMPORTED:
+        Should that take long, the answer names them as failing: others of the same scope do not wait for ever.
+        """
+        if not self._services.busy(name):
+            self._forget_held(name)
+            self._answers.emit(self._convergence.applied(name))
             return
-        self._counters.applied_revision[answer.scope] = answer.revision
-        self._send(answer)
+        loop = asyncio.get_running_loop()
+        held = self._held.get(name)
+        if held is None or held.when() > loop.time() + patience:
+            self._forget_held(name)
+            self._held[name] = loop.call_later(patience, self._late.put_nowait, name)
 
-    def _refuse(self, name: str, revision: int, reason: str, removes: int = 0, present: int = 0) -> None:
-        self._counters.refused_snapshots += 1
-        log.error("snapshot_refused", scope=name, revision=revision, reason=reason, removes=removes, present=present)
-        self._send(Refused(scope=name, revision=revision, reason=reason, removes=removes, present=present))
+    async def _answer_late(self) -> None:
+        while True:
+            name = await self._late.get()
+            async with self._turn():
+                if self._held.pop(name, None) is not None and name in self._desired.scopes:
+                    self._answers.emit(self._convergence.applied(name))
 
-    def _resync(self, name: str, reason: str) -> None:
-        """Ask for a snapshot: the first time at once, then less and less often until one could be stored."""
-        loop, ask = asyncio.get_running_loop(), Resync(scope=name, reason=reason)
-        tries, timer = self._resyncs.get(name, (0, None))
-        if tries == 0:
-            log.warning("resync_asked", scope=name, reason=reason)
-            self._send(ask)
-        elif timer is not None and not timer.cancelled() and timer.when() > loop.time():
-            return
-        else:
-            timer = loop.call_later(min(2.0 ** (tries - 1), 30.0), self._send, ask)
-        self._resyncs[name] = (tries + 1, timer)
+    async def _settled(self, serving: Serving, outcome: Outcome) -> None:
+        """A server is through with a round of work."""
+        async with self._turn():
+            healed = outcome.missing + outcome.unexpected + outcome.altered
+            owner = self.logins.owner(serving.name)
+            if healed and owner is not None:
+                self._counters.drift += healed
+                counts = {"missing": outcome.missing, "unexpected": outcome.unexpected, "changed": outcome.altered}
+                log.warning("drift_healed", scope=owner, protocol=str(serving.protocol), **counts)
+                self._send(Drift(scope=owner, **counts))
+            for name in outcome.scopes.intersection(self._desired.scopes):
+                if not self._services.busy(name):
+                    self._answer(name)
+            if outcome.changed:
+                self._tell_news(name for name in self._desired.scopes if not self._services.busy(name))
 
-    def _forget_resyncs(self) -> None:
-        """A new session tells from the start what is missing."""
-        for name in list(self._resyncs):
-            self._synchronised(name)
+    def _tell_news(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._answers.emit_news(self._convergence.applied(name))
 
-    def _synchronised(self, name: str) -> None:
-        _, timer = self._resyncs.pop(name, (0, None))
-        if timer is not None:
+    def _forget_held(self, name: str) -> None:
+        if (timer := self._held.pop(name, None)) is not None:
             timer.cancel()
+
+    async def _protect(self) -> str | None:
+        return await self._convergence.protect()
 
     async def _stored(self, write: Awaitable[None]) -> bool:
         try:
@@ -416,5 +482,5 @@ class Reconciler:
                     self._began_to_fail.set()
 
 
-def _peers(names: Sequence[ResourceName]) -> list[str]:
-    return [name.key for name in names if name.kind == Kind.WIREGUARD_PEER]
+def _revocable(names: Sequence[ResourceName]) -> list[Name]:
+    return [(name.kind, name.key) for name in names if name.kind in (Kind.WIREGUARD_PEER, Kind.CREDENTIAL)]

@@ -21,6 +21,7 @@ from agent.notify import Notifier
 from agent.reconciler import Guard, Reconciler
 from agent.renewal import Renewal
 from agent.reporter import Reporter
+from agent.services import OpenDriver, Services, open_driver
 from agent.state import State
 from shared.protocol import Certificate, Delta, FromController, Received, Snapshot, Welcome
 
@@ -35,6 +36,7 @@ class Agent:
         open_wireguard: Callable[[], Awaitable[WireGuardDriver]] | None = None,
         firewall: FirewallDriver | None = None,
         boot_id: str | None = None,
+        open_service: OpenDriver | None = None,
     ) -> None:
         self.counters = Counters()
         self.outbox = Outbox()
@@ -51,6 +53,11 @@ class Agent:
             return await choose(config.backend, known_keys={key.raw: public_key})
 
         host = Host(open_wireguard or chosen, firewall or Nftables(), key, public_key)
+        self.services = Services(
+            config.protocols,
+            open_service or open_driver(config.directory, boot_id),
+            recheck_seconds=config.recheck_seconds,
+        )
         self.reconciler = Reconciler(
             state=self._state,
             host=host,
@@ -59,6 +66,7 @@ class Agent:
             boot_id=boot_id,
             guard=Guard(config.guard_share, config.guard_minimum),
             recheck_seconds=config.recheck_seconds,
+            services=self.services,
         )
         self.reporter = Reporter(
             reconciler=self.reconciler,
@@ -89,6 +97,7 @@ class Agent:
             await self.metrics.start()
         try:
             await self.reconciler.start()
+            await self.services.prepare()
             notifier.ready()
             async with asyncio.TaskGroup() as tasks:
                 owned = [

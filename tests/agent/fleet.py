@@ -11,11 +11,16 @@ from typing import TypeVar
 from agent.counters import Counters
 from agent.host import Host
 from agent.reconciler import Guard, Reconciler
+from agent.services import Services
 from agent.state import State
-from shared.desired import Interface, Peer, encode, kind_of
+from shared.access import Credential
+from shared.desired import Interface, Payload, Peer, encode, kind_of
 from shared.keys import PrivateKey
 from shared.protocol import Delta, Frame, Resource, ResourceName, Snapshot, Welcome
+from shared.resource import Protocol
+from shared.services import L2tpServer, OpenVpnServer, SshServer
 from tests.agent.model_host import ModelFirewall, ModelWireGuard
+from tests.agent.model_service import ModelHosts, ModelService
 
 F = TypeVar("F", bound=Frame)
 
@@ -32,15 +37,32 @@ def peer(number: int, **changes: object) -> Peer:
     return Peer(**values | changes)  # type: ignore[arg-type]
 
 
-def resource(payload: Interface | Peer) -> Resource:
+SSH = SshServer(port=2222, ipv4_pool="10.71.0.0/16")
+L2TP = L2tpServer(psk="a shared secret", ipv4_pool="10.72.0.0/16")
+OPENVPN = OpenVpnServer(
+    port=1194,
+    ipv4_pool="10.70.0.0/16",
+    ca="-----BEGIN CERTIFICATE-----\nx\n-----END CERTIFICATE-----\n",
+    tls_crypt="-----BEGIN OpenVPN tls-crypt-v2 server key-----\nx\n-----END OpenVPN tls-crypt-v2 server key-----\n",
+)
+ALL = tuple(Protocol)
+
+
+def login(number: int, protocol: Protocol = Protocol.SSH, **changes: object) -> Credential:
+    values: dict[str, object] = {"protocol": protocol, "username": f"user{number}", "account": number}
+    values["secret"] = f"secret{number}" if protocol == Protocol.L2TP else f"$y$j9T$salt{number}$hash{number}"
+    return Credential(**values | changes)  # type: ignore[arg-type]
+
+
+def resource(payload: Payload) -> Resource:
     return Resource(kind_of(payload), payload.key, encode(payload))
 
 
-def name(payload: Interface | Peer) -> ResourceName:
+def name(payload: Payload) -> ResourceName:
     return ResourceName(kind_of(payload), payload.key)
 
 
-def snapshot(payloads: Iterable[Interface | Peer], revision: int = 1, **changes: object) -> Snapshot:
+def snapshot(payloads: Iterable[Payload], revision: int = 1, **changes: object) -> Snapshot:
     values: dict[str, object] = {"epoch": "e1", "scope": SCOPE, "part": 0, "last": True}
     resources = [resource(payload) for payload in payloads]
     return Snapshot(**values | {"revision": revision, "resources": resources} | changes)  # type: ignore[arg-type]
@@ -49,8 +71,8 @@ def snapshot(payloads: Iterable[Interface | Peer], revision: int = 1, **changes:
 def delta(
     base: int,
     revision: int,
-    upserts: Iterable[Interface | Peer] = (),
-    removals: Iterable[Interface | Peer] = (),
+    upserts: Iterable[Payload] = (),
+    removals: Iterable[Payload] = (),
     **changes: object,
 ) -> Delta:
     values: dict[str, object] = {"epoch": "e1", "scope": SCOPE, "base": base, "revision": revision}
@@ -74,7 +96,15 @@ async def until(condition: Callable[[], object], seconds: float = 20) -> None:
 class Node:
     """A reconciler with a real state file and a model host; `frames` are its answers."""
 
-    def __init__(self, directory: Path, wireguard: ModelWireGuard | None = None, **changes: object) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        wireguard: ModelWireGuard | None = None,
+        *,
+        hosts: ModelHosts | None = None,
+        protocols: tuple[Protocol, ...] = ALL,
+        **changes: object,
+    ) -> None:
         directory.mkdir(mode=0o700, exist_ok=True)
         directory.chmod(0o700)
         self.wireguard = wireguard or ModelWireGuard()
@@ -83,19 +113,30 @@ class Node:
         self.counters = Counters()
         self.state = State(directory)
         self.now = 1_800_000_000.0
+        self.hosts = hosts or ModelHosts()
         settings: dict[str, object] = {"guard": Guard(), "recheck_seconds": 3600.0, "clock": lambda: self.now}
+        recheck_seconds = float(str(changes.get("recheck_seconds", 3600.0)))
+        self.services = Services(protocols, self.hosts.open, recheck_seconds=recheck_seconds)
         self.reconciler = Reconciler(
             state=self.state,
             host=Host(self._open, self.firewall, KEY, KEY.public().raw),
             send=self.frames.append,
             counters=self.counters,
             boot_id="boot",
+            services=self.services,
             **settings | changes,  # type: ignore[arg-type]
         )
         self._task: asyncio.Task[None] | None = None
 
     async def _open(self) -> ModelWireGuard:
         return self.wireguard
+
+    def driver(self, protocol: Protocol = Protocol.SSH) -> ModelService:
+        return self.hosts.drivers[protocol]
+
+    def logins(self, protocol: Protocol = Protocol.SSH) -> set[str]:
+        """Who could log in on the host."""
+        return set(self.hosts.hosts[protocol].logins)
 
     async def __aenter__(self) -> Node:
         await self.reconciler.start()
@@ -117,6 +158,13 @@ class Node:
             await until(lambda done=done: self.counters.applies >= done)
         await asyncio.sleep(0)  # answers with no delay are due in the next turn of the loop
         return self.frames[seen:]
+
+    async def ask(self, *frames: Welcome | Delta | Snapshot) -> Frame:
+        """Deliver frames and wait for the answer to the last one, which the servers' work may delay."""
+        seen = len(self.frames)
+        await self.send(*frames)
+        await until(lambda: len(self.frames) >= seen + len([f for f in frames if not isinstance(f, Welcome)]))
+        return self.frames[-1]
 
     def present(self) -> set[bytes]:
         return set(self.wireguard.devices["wg0"].peers)

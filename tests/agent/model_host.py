@@ -133,19 +133,20 @@ class ModelWireGuard:
 class ModelFirewall:
     def __init__(self) -> None:
         self.loaded: tuple[Interface, ...] | None = None
+        self.tunnels: tuple[Tunnels, ...] = ()
         self.failing: DriverError | None = None
         self.loads = 0
 
     async def observe(self) -> str | None:
         if self.failing is not None:
             raise self.failing
-        return None if self.loaded is None else repr(self.loaded)
+        return None if self.loaded is None else repr((self.loaded, self.tunnels))
 
     async def apply(self, interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> None:
         if self.failing is not None:
             raise self.failing
         self.loads += 1
-        self.loaded = tuple(interfaces)
+        self.loaded, self.tunnels = tuple(interfaces), tuple(tunnels)
 
     async def close(self) -> None:
         """The rules stay."""
