@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from agent.drivers.netlink.codec import NLA_TYPE_MASK, MalformedMessage, attributes
+from agent.drivers.netlink.codec import NLA_F_NESTED, NLA_TYPE_MASK, MalformedMessage, attributes
 from agent.drivers.wireguard import allowedips
 from agent.drivers.wireguard.linux import (
     CTRL_ATTR_FAMILY_ID,
@@ -50,6 +50,8 @@ _PEER_HEADERS = (
     header(PEER_RX, 8),
     header(PEER_PROTOCOL_VERSION, 4),
 )
+# What the counters need of the same, and what an IPv4 endpoint begins with if one follows: header, port, address.
+_COUNTERS = struct.Struct("=H2x 4s32s 4s32x 4sq8x 4s4x 4sQ 4sQ 4s4x 4s2xBB4s")
 _IPV4_ENDPOINT = header(PEER_ENDPOINT, 16)
 _IPV6_ENDPOINT = header(PEER_ENDPOINT, 28)
 _IPV4_AT = struct.Struct("!4s2xH4s")  # header, family, port, address
@@ -97,16 +99,42 @@ def fingerprint(dump: Sequence[bytes]) -> bytes:
 def parse_stats(dump: Sequence[bytes]) -> list[PeerStats]:
     found: list[PeerStats] = []
     for data in dump:
-        for start, end in _peers(data):
-            if end - start >= _PEER.size:
-                _, _, a, key, b, _, c, seconds, d, _, e, tx, f, rx, g = _PEER.unpack_from(data, start)
-                if (a, b, c, d, e, f, g) == _PEER_HEADERS:
-                    found.append(PeerStats(key, rx, tx, seconds, _endpoint_at(data, start + _PEER.size)))
-                    continue
-            values = dict(attributes(memoryview(data)[start + HEADER.size : end]))
-            if PEER_LAST_HANDSHAKE in values:  # the rest of a peer that was split has none of this
-                found.append(_stats(values))
+        for offset, end in _nests(data):
+            start = _fast_stats(data, offset, end, found)
+            while start < end:
+                start = _fast_stats(data, _slow_stats(data, start, end, found), end, found)
     return found
+
+
+def _fast_stats(data: bytes, start: int, end: int, found: list[PeerStats]) -> int:
+    """Read peers up to one that looks different; return where it begins."""
+    unpack, add, last = _COUNTERS.unpack_from, found.append, len(data) - _COUNTERS.size
+    key_, preshared_, handshake_, keepalive_, tx_, rx_, version_ = _PEER_HEADERS
+    while start < end and start <= last:
+        length, a, key, b, c, seconds, d, e, tx, f, rx, g, endpoint, high, low, ip = unpack(data, start)
+        if not (a == key_ and b == preshared_ and c == handshake_ and d == keepalive_):
+            break
+        if not (e == tx_ and f == rx_ and g == version_ and _PEER.size <= length <= end - start):
+            break
+        if endpoint == _IPV4_ENDPOINT:
+            add(PeerStats(key, rx, tx, seconds, f"{socket.inet_ntoa(ip)}:{high << 8 | low}"))
+        elif endpoint == _IPV6_ENDPOINT:
+            add(PeerStats(key, rx, tx, seconds, _endpoint_at(data, start + _PEER.size)))
+        elif length == _PEER.size or endpoint == HEADER.pack(length - _PEER.size, PEER_ALLOWED_IPS | NLA_F_NESTED):
+            add(PeerStats(key, rx, tx, seconds))  # allowed IPs and nothing else: it was never seen
+        else:
+            break
+        start += (length + 3) & ~3
+    return start
+
+
+def _slow_stats(data: bytes, start: int, end: int, found: list[PeerStats]) -> int:
+    """Read one peer, whatever the order of its attributes; return where the next one begins."""
+    length = _length(data, start, end)
+    values = dict(attributes(memoryview(data)[start + HEADER.size : start + length]))
+    if PEER_LAST_HANDSHAKE in values:  # the rest of a peer that was split has none of this
+        found.append(_stats(values))
+    return start + ((length + 3) & ~3)
 
 
 def parse_peers(dump: Sequence[bytes]) -> tuple[Peer, ...]:
@@ -127,17 +155,31 @@ def parse_peers(dump: Sequence[bytes]) -> tuple[Peer, ...]:
     return tuple(found)
 
 
+def _nests(data: bytes) -> Iterator[tuple[int, int]]:
+    """The span of all peers in one message."""
+    return (
+        (start + HEADER.size, end) for start, end, type_ in _walk(data, GENL.size, len(data)) if type_ == DEVICE_PEERS
+    )
+
+
 def _peers(data: bytes) -> Iterator[tuple[int, int]]:
     """The span of each peer's nest in one message."""
-    for start, end, type_ in _walk(data, GENL.size, len(data)):
-        if type_ == DEVICE_PEERS:
-            offset = start + HEADER.size
-            while offset < end:
-                length, _ = HEADER.unpack_from(data, offset)
-                if length < HEADER.size or offset + length > end:
-                    raise MalformedMessage(f"a peer of {length} bytes does not fit")
-                yield offset, offset + length
-                offset += (length + 3) & ~3
+    for start, end in _nests(data):
+        offset = start
+        while offset < end:
+            length = _length(data, offset, end)
+            yield offset, offset + length
+            offset += (length + 3) & ~3
+
+
+def _length(data: bytes, offset: int, end: int) -> int:
+    """The bytes of the peer's nest that begins here."""
+    if offset + HEADER.size > end:
+        raise MalformedMessage("a peer does not fit")
+    length, _ = HEADER.unpack_from(data, offset)
+    if length < HEADER.size or offset + length > end:
+        raise MalformedMessage(f"a peer of {length} bytes does not fit")
+    return int(length)
 
 
 def _walk(data: bytes, offset: int, end: int) -> Iterator[tuple[int, int, int]]:

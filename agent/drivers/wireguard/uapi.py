@@ -7,7 +7,6 @@ import re
 from binascii import unhexlify
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 from agent.drivers.wireguard.server import ServerPeer
 from shared.desired import Peer
@@ -121,9 +120,12 @@ def parse_peers(answer: str) -> tuple[Peer, ...]:
 
 
 def fingerprint(answer: str) -> bytes:
-    """A hash of the answer without what traffic moves, and without the order of the peers, which is any."""
+    """A hash of the answer without what traffic moves, and without the order of the peers, which is any.
+
+    It compares within this process only: str's own hash is another one in each.
+    """
     lasting = _TRAFFIC.sub("", answer.rpartition("errno=")[0])
-    return blake2b("".join(sorted(lasting.split("public_key="))).encode(), digest_size=16).digest()
+    return hash(frozenset(lasting.split("public_key="))).to_bytes(8, signed=True)
 
 
 def parse_stats(answer: str) -> list[PeerStats]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ T = TypeVar("T")
 
 _TIMEOUT = 60.0  # seconds for one operation
 _RECEIVE_BYTES = 256 * 1024
+_SMALL = 4096  # bytes of a set operation of a few peers
+_MOMENT = 1  # milliseconds
 _END = b"\n\n"
 
 
@@ -88,8 +91,11 @@ class UapiSocket:
         tail = b""
         async with asyncio.timeout(_TIMEOUT):
             await loop.sock_sendall(opened, operation)
+            small = len(operation) <= _SMALL and operation != uapi.GET
+            if small:
+                _wait_a_moment(opened)
             while tail != _END:
-                part = await loop.sock_recv(opened, _RECEIVE_BYTES)
+                part = await loop.sock_recv(opened, _SMALL if small else _RECEIVE_BYTES)
                 if not part:
                     raise ConnectionResetError
                 parts.append(part)
@@ -111,3 +117,13 @@ class UapiSocket:
             opened.close()
             raise
         return opened
+
+
+def _wait_a_moment(opened: socket.socket) -> None:
+    """Wait here for the answer to a small change: it comes sooner than the event loop could go away and come back.
+
+    One that takes longer is awaited as any other.
+    """
+    poll = select.poll()
+    poll.register(opened, select.POLLIN)
+    poll.poll(_MOMENT)

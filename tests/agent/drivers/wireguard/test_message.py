@@ -7,7 +7,9 @@ import socket
 import struct
 from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
+from itertools import pairwise
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -16,7 +18,7 @@ from pyroute2.netlink.generic.wireguard import wgmsg
 
 from agent.drivers.netlink.codec import HEADER_BYTES, MalformedMessage, attribute, nested
 from agent.drivers.wireguard import dump, message
-from agent.drivers.wireguard.linux import GENL
+from agent.drivers.wireguard.linux import GENL, header
 from agent.drivers.wireguard.server import ServerPeer
 from shared.desired import Peer
 from shared.keys import PresharedKey, PublicKey, encode_key
@@ -162,6 +164,40 @@ def test_a_dump_is_read_whatever_its_layout_and_its_messages(
     messages = [part(*records[start : start + size]) for start in range(0, len(records), size)]
     assert dump.parse_peers(messages) == tuple(peer for peer, _ in wanted)
     assert dump.parse_stats(messages) == [stats for _, stats in wanted]
+
+
+@unhurried
+@given(both, st.lists(st.booleans()), st.randoms(use_true_random=False), st.integers(1, 5))
+def test_counters_read_at_fixed_places_are_those_read_one_by_one(
+    wanted: list[tuple[Peer, PeerStats]], strange: list[bool], shuffle: random.Random, size: int
+) -> None:
+    """Peers as the kernel writes them, among others, and the rest of one that the message before has cut off."""
+    odd = [*strange, *[False] * len(wanted)]
+    records = [record(peer, stats, shuffle if odd[number] else None) for number, (peer, stats) in enumerate(wanted)]
+    parts = [records[start : start + size] for start in range(0, len(records), size)]
+    for before, after in pairwise(parts):
+        key = before[-1][8:40] if before[-1][4:8] == header(1, 32) else b"r" * 32
+        after.insert(0, nested(0, attribute(1, key), nested(9, allowed_ip("192.0.2.9/32"))))
+    messages = [part(*records) for records in parts]
+    one_by_one: list[PeerStats] = []
+    for data in messages:
+        for start, end in dump._nests(data):
+            offset = start
+            while offset < end:
+                offset = dump._slow_stats(data, offset, end, one_by_one)
+    assert dump.parse_stats(messages) == one_by_one == [stats for _, stats in wanted]
+
+
+@pytest.mark.parametrize("endpoint", ["", "192.0.2.7:51820", "[2001:db8::7]:1"])
+def test_no_peer_of_the_kernels_layout_is_read_slowly(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dump as the kernel writes it must stay cheap; the last peer of a message may be too near to its end."""
+    peer = Peer(public_key=b"k" * 32, allowed_ips=("10.66.0.2/32", "fd66::2/128"))
+    stats = PeerStats(peer.public_key, 1, 2, 3, endpoint)
+    rest = nested(0, attribute(1, b"r" * 32), nested(9, allowed_ip("192.0.2.9/32")))
+    slow = Mock(wraps=dump._slow_stats)
+    monkeypatch.setattr(dump, "_slow_stats", slow)
+    assert dump.parse_stats([part(rest, *[record(peer, stats)] * 50)]) == [stats] * 50
+    assert slow.call_count == 1  # the rest of the peer before
 
 
 @unhurried
