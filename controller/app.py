@@ -21,6 +21,8 @@ import structlog
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Info, disable_created_metrics
 
+from controller.access.logins import Logins
+from controller.access.service import Access
 from controller.accounts.administration import Administration
 from controller.accounts.newpassword import PasswordChanges
 from controller.accounts.passwords import Passwords
@@ -52,6 +54,7 @@ from controller.tunnels.addresses import Pool
 from controller.tunnels.ending import end_account
 from controller.tunnels.live import LiveStates
 from controller.tunnels.metrics import Metrics as TunnelMetrics
+from controller.tunnels.peers import Peers
 from controller.tunnels.service import Tunnels, TunnelSettings
 from shared import __version__
 
@@ -75,8 +78,10 @@ class Services:
     authority: Authority
     fleet_settings: FleetSettings
     fleet: Fleet
+    passwords: Passwords
     accounts: Accounts
     administration: Administration
+    access: Access
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +127,12 @@ async def services(config: Config) -> AsyncIterator[Services]:
         await migrate(database)
         passwords = Passwords(config.passwords)
         stack.callback(passwords.close)
-        changes = PasswordChanges(passwords)
+        access = Access(passwords, Peers(pool).refresh)
+        changes = PasswordChanges(passwords, [access])
         accounts = Accounts(database, passwords, session_life=timedelta(hours=config.login_hours), changes=changes)
-        administration = Administration(database, changes, [end_account])
+        administration = Administration(database, changes, [end_account, access.end_account])
         fleet = Fleet(database, authority.pin, settings)
-        yield Services(database, authority, settings, fleet, accounts, administration)
+        yield Services(database, authority, settings, fleet, passwords, accounts, administration, access)
 
 
 async def compose(services: Services, config: Config, registry: CollectorRegistry) -> Controller:
@@ -156,6 +162,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         database,
         directory,
         live,
+        Logins(services.passwords, keys),
         TunnelSettings(
             pool=_pool(config),
             dns=config.tunnel.dns,
@@ -164,6 +171,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         ),
         max_connections=config.max_connections,
         hold_account=hold_account,
+        server_of=protocols.server_of,
         wait_applied=hub.wait_applied,
     )
     api = Api(

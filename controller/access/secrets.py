@@ -1,13 +1,19 @@
-"""A password in the forms that nodes need; pure."""
+"""A password in the forms that nodes need."""
 
 from __future__ import annotations
 
+import secrets
+import string
 from dataclasses import dataclass
 
+from controller.access.errors import PasswordHashUnavailable
+from controller.accounts.passwords import Passwords
 from shared.access import MAX_SECRET, check_chap_secret
+from shared.crypt import CryptUnavailable
 from shared.resource import Protocol
 
 HASHED = frozenset({Protocol.SSH, Protocol.OPENVPN})
+_GENERATED_LENGTH = 24  # letters and digits: 143 random bits
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -30,3 +36,19 @@ class Secrets:
             return self.password
         assert self.hashed is not None, "the problem was not looked at"
         return self.hashed
+
+
+async def make_secrets(passwords: Passwords, password: str, *, hashed: bool) -> Secrets:
+    """In the pool of `passwords` where it has to be hashed; raise PasswordsBusy, PasswordHashUnavailable."""
+    if not hashed:
+        return Secrets(password, None)
+    try:
+        return Secrets(password, await passwords.crypt(password))
+    except ValueError:
+        return Secrets(password, None)  # told by whichever protocol cannot take it
+    except CryptUnavailable as error:
+        raise PasswordHashUnavailable(reason=error) from error
+
+
+def new_password() -> str:
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(_GENERATED_LENGTH))

@@ -9,9 +9,8 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from controller.access import credentials
-from controller.access.errors import PasswordHashUnavailable
 from controller.access.logins import Login
-from controller.access.secrets import HASHED, Secrets
+from controller.access.secrets import HASHED, Secrets, make_secrets
 from controller.access.standing import Standing, standing_of
 from controller.access.tables import CredentialRow
 from controller.access.usernames import check_login
@@ -20,7 +19,6 @@ from controller.accounts.passwords import Passwords
 from controller.accounts.rows import User
 from controller.errors import InvalidInput
 from controller.store.database import Transaction
-from shared.crypt import CryptUnavailable
 from shared.resource import Protocol
 
 log = structlog.get_logger()
@@ -43,8 +41,7 @@ class Access:
         """The slow part of a new password, outside of any transaction. Where the protocols that it is for are known,
         raise InvalidInput for a password that one of them cannot take."""
         wanted = _parse(protocols) if protocols is not None else set(Protocol)
-        hashed = await self._crypt(password) if wanted & HASHED else None
-        secrets = Secrets(password, hashed)
+        secrets = await make_secrets(self._passwords, password, hashed=not HASHED.isdisjoint(wanted))
         if protocols is not None:
             for protocol in sorted(wanted):
                 _refuse("password", secrets.problem(protocol))
@@ -117,14 +114,6 @@ class Access:
         rows = await credentials.of_account(tx.session, user_id)
         await credentials.withdraw(tx, rows)
         log.info("access.ended", user_id=user_id, reason=reason, logins=len(rows))
-
-    async def _crypt(self, password: str) -> str | None:
-        try:
-            return await self._passwords.crypt(password)
-        except ValueError:
-            return None  # told by whichever protocol cannot take it
-        except CryptUnavailable as error:
-            raise PasswordHashUnavailable(reason=error) from error
 
 
 async def _bring(tx: Transaction, rows: Collection[CredentialRow], standing: Standing) -> None:

@@ -1,27 +1,25 @@
-"""A client's configuration as a value, and how it is written as a wg-quick file and as JSON."""
+"""The configuration of a WireGuard client: a wg-quick(8) file, or its fields as JSON."""
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import ClassVar
 
-from controller.fleet.nodes import is_host
+from controller.access.clientconfig import InvalidClientConfig, check_endpoint, comment, join_port
 from shared.addresses import check_client_prefix
 from shared.keys import PresharedKey, PrivateKey, PublicKey
 
 EVERYTHING = ("0.0.0.0/0", "::/0")
 KEEPALIVE = 25  # seconds; keeps the mapping of common NAT boxes alive
-_MAX_LABEL = 100
-
-
-class InvalidClientConfig(ValueError):
-    """A value that a client could misread."""
 
 
 @dataclass(frozen=True, slots=True)
-class ClientConfig:
+class WireGuardConfig:
     """Every field but `name` can only hold what has one meaning in the file; `name` is only ever a comment."""
+
+    file_name: ClassVar[str] = "skynetvpn.conf"
+    media: ClassVar[str] = "text/plain"
 
     name: str
     addresses: tuple[str, ...]
@@ -43,56 +41,43 @@ class ClientConfig:
             ip_address(server)
         if not set(self.allowed_ips) <= set(EVERYTHING):
             raise InvalidClientConfig(f"allowed IPs are some of {', '.join(EVERYTHING)}")
-        if not 1 <= self.endpoint_port <= 65535:
-            raise InvalidClientConfig(f"port {self.endpoint_port} is not between 1 and 65535")
-        if not is_host(self.endpoint_host):
-            raise InvalidClientConfig(f"{self.endpoint_host!r} is neither an address nor a host name")
+        check_endpoint(self.endpoint_host, self.endpoint_port)
 
     @property
     def endpoint(self) -> str:
-        host = f"[{self.endpoint_host}]" if ":" in self.endpoint_host else self.endpoint_host
-        return f"{host}:{self.endpoint_port}"
+        return join_port(self.endpoint_host, self.endpoint_port)
 
+    def to_conf(self) -> str:
+        if self.private_key is not None:
+            private_key = f"PrivateKey = {self.private_key.reveal()}"
+        else:
+            private_key = f"# PrivateKey = (write here the private key of {self.client_public_key})"
+        lines = [
+            f"# {comment(self.name)}",
+            "[Interface]",
+            private_key,
+            f"Address = {', '.join(self.addresses)}",
+            *([f"DNS = {', '.join(self.dns)}"] if self.dns else []),
+            f"MTU = {self.mtu}",
+            "",
+            "[Peer]",
+            f"PublicKey = {self.server_public_key}",
+            *([f"PresharedKey = {self.preshared_key.reveal()}"] if self.preshared_key is not None else []),
+            f"AllowedIPs = {', '.join(self.allowed_ips)}",
+            f"Endpoint = {self.endpoint}",
+            f"PersistentKeepalive = {self.keepalive}",
+        ]
+        return "\n".join(lines) + "\n"
 
-def to_conf(config: ClientConfig) -> str:
-    """Write a wg-quick(8) file."""
-    if config.private_key is not None:
-        private_key = f"PrivateKey = {config.private_key.reveal()}"
-    else:
-        private_key = f"# PrivateKey = (write here the private key of {config.client_public_key})"
-    lines = [
-        f"# {_comment(config.name)}",
-        "[Interface]",
-        private_key,
-        f"Address = {', '.join(config.addresses)}",
-        *([f"DNS = {', '.join(config.dns)}"] if config.dns else []),
-        f"MTU = {config.mtu}",
-        "",
-        "[Peer]",
-        f"PublicKey = {config.server_public_key}",
-        *([f"PresharedKey = {config.preshared_key.reveal()}"] if config.preshared_key is not None else []),
-        f"AllowedIPs = {', '.join(config.allowed_ips)}",
-        f"Endpoint = {config.endpoint}",
-        f"PersistentKeepalive = {config.keepalive}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def to_json(config: ClientConfig) -> dict[str, object]:
-    return {
-        "addresses": list(config.addresses),
-        "dns": list(config.dns),
-        "endpoint": config.endpoint,
-        "server_public_key": str(config.server_public_key),
-        "allowed_ips": list(config.allowed_ips),
-        "mtu": config.mtu,
-        "keepalive": config.keepalive,
-        "preshared_key": config.preshared_key.reveal() if config.preshared_key is not None else None,
-        "private_key": config.private_key.reveal() if config.private_key is not None else None,
-    }
-
-
-def _comment(text: str) -> str:
-    """Free text that stays on its line: no control, format, surrogate or separator character survives."""
-    printable = (character if unicodedata.category(character)[0] not in "CZ" else " " for character in text)
-    return " ".join("".join(printable).split())[:_MAX_LABEL]
+    def to_json(self) -> dict[str, object]:
+        return {
+            "addresses": list(self.addresses),
+            "dns": list(self.dns),
+            "endpoint": self.endpoint,
+            "server_public_key": str(self.server_public_key),
+            "allowed_ips": list(self.allowed_ips),
+            "mtu": self.mtu,
+            "keepalive": self.keepalive,
+            "preshared_key": self.preshared_key.reveal() if self.preshared_key is not None else None,
+            "private_key": self.private_key.reveal() if self.private_key is not None else None,
+        }

@@ -15,13 +15,13 @@ class Connection:
     server_id: str
     protocol: str
     device_id: str | None
-    public_key: str
-    addresses: tuple[str, ...]  # none once it has ended
+    public_key: str | None  # of WireGuard's client
+    addresses: tuple[str, ...]  # of WireGuard's client; none once it has ended
     status: Status
     created_at: datetime
     ended_at: datetime | None
     end_reason: str | None
-    handshake_at: datetime | None
+    handshake_at: datetime | None  # of other protocols than WireGuard: the last sign of life
     rx: int  # bytes from the client
     tx: int  # bytes to the client
     applied: bool | None = None  # whether the node had acknowledged it in time; None = nobody waited

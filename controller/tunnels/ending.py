@@ -1,14 +1,15 @@
-"""Ends connections: keys forgotten, addresses cooling down, peers off their nodes, all in one transaction."""
+"""Ends connections: keys and logins forgotten, addresses cooling down, peers off their nodes, in one transaction."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 
 import sqlalchemy as sa
 import structlog
 
+from controller.access import credentials
 from controller.desired import service as desired
 from controller.store.database import Database, Topic, Transaction
 from controller.store.types import now
@@ -16,6 +17,7 @@ from controller.tunnels import allocation
 from controller.tunnels.tables import ConnectionRow
 from shared.desired import Kind
 from shared.keys import encode_key
+from shared.resource import Protocol
 
 _BATCH = 500
 
@@ -28,20 +30,24 @@ def close(row: ConnectionRow, reason: str, moment: datetime) -> None:
 
 
 async def end(tx: Transaction, rows: Sequence[ConnectionRow], reason: str) -> dict[str, int]:
-    """End live connections; return the revision of each node's scope that takes the peers off."""
+    """End live connections; return the revision of each node's scope that takes its peers and logins off."""
     if not rows:
         return {}
     moment = now()
     peers: defaultdict[str, list[str]] = defaultdict(list)
     for row in rows:
         close(row, reason, moment)
-        peers[row.node_id].append(encode_key(row.public_key))
+        if row.protocol == Protocol.WIREGUARD:
+            peers[row.node_id].append(encode_key(row.public_key))
     await tx.session.flush()
     await allocation.release(tx.session, [row.id for row in rows], moment)
     revisions = {
         node_id: await desired.remove(tx, desired.node_scope(node_id), Kind.WIREGUARD_PEER, keys)
         for node_id, keys in sorted(peers.items())  # one order for all writers: no deadlock on the scopes' rows
     }
+    logins = [row.id for row in rows if row.protocol != Protocol.WIREGUARD]
+    for scope, revision in (await credentials.end_connections(tx, logins)).items():
+        revisions[scope.removeprefix(desired.node_scope(""))] = revision
     tx.touch(Topic.CONNECTIONS)
     log.info("tunnels.connections_ended", connection_ids=[row.id for row in rows], reason=reason)
     return revisions
@@ -88,3 +94,16 @@ async def end_expired(
             gone = [row for row in rows if present(row.node_id)]
             await end(tx, gone, "expired")
             ended += len(gone)
+
+
+async def end_by_ids(tx: Transaction, connection_ids: Collection[str], reason: str) -> int:
+    """End those of the connections that live; how many there were."""
+    rows = await tx.session.scalars(
+        sa.select(ConnectionRow)
+        .where(ConnectionRow.id.in_(connection_ids), ConnectionRow.ended_at.is_(None))
+        .order_by(ConnectionRow.id)
+        .with_for_update()
+    )
+    ended = rows.all()
+    await end(tx, ended, reason)
+    return len(ended)

@@ -25,6 +25,20 @@ class ProtocolNotOffered(DomainError):
     message = "the server does not offer this protocol; it offers {offered}"
 
 
+class ProtocolNotAllowed(DomainError):
+    kind = ErrorKind.FORBIDDEN
+    code = "protocol_not_allowed"
+    message = "the account may not use this protocol; it may use {allowed}"
+
+
+class AccountBlocked(DomainError):
+    """It may log in, and see why; it may not connect."""
+
+    kind = ErrorKind.FORBIDDEN
+    code = "account_blocked"
+    message = "the account may not connect now: {reason}"
+
+
 class ConnectionLimitReached(DomainError):
     kind = ErrorKind.FORBIDDEN
     code = "connection_limit_reached"

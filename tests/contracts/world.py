@@ -15,6 +15,8 @@ import orjson
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from controller.access.logins import Logins
+from controller.access.service import Access
 from controller.accounts.administration import Administration
 from controller.accounts.newpassword import PasswordChanges
 from controller.accounts.passwords import Passwords
@@ -25,21 +27,29 @@ from controller.config import RateLimit
 from controller.contracts import kit, skynet
 from controller.contracts.kit import AccessLog, Contract, HttpSettings
 from controller.contracts.kit.listener import Handle
+from controller.desired import service as desired
 from controller.fleet.directory import Directory
 from controller.fleet.metrics import FleetMetrics
 from controller.fleet.nodes import NodeStatus
+from controller.fleet.protocols import Protocols
+from controller.fleet.settings import FleetSettings
 from controller.fleet.tables import NodeRow
+from controller.fleet.vpnkeys import load_keys
 from controller.store.database import Database
 from controller.store.types import new_id, now
 from controller.tunnels.addresses import Pool
 from controller.tunnels.ending import end_account
 from controller.tunnels.live import LiveStates
 from controller.tunnels.metrics import Metrics
+from controller.tunnels.peers import Peers
 from controller.tunnels.service import Tunnels, TunnelSettings
+from shared import desired as resources
+from shared.access import Credential
 from shared.keys import PrivateKey, decode_key
-from shared.protocol import PeerStats, Report
+from shared.protocol import PeerStats, Report, SessionStats
 
 PASSWORD = "correct horse battery"
+HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPl2u3b3cJ7sU2y7m0uK4m8Qm2dG9v0o3w5sX1pQwZkE"
 UNLIMITED = RateLimit(requests=0, auth_requests=0)
 SETTINGS = HttpSettings(rate_limits={"skynet": UNLIMITED, "tiny": UNLIMITED}, body_seconds=1.0)
 
@@ -51,7 +61,9 @@ class World:
     database: Database
     accounts: Accounts
     administration: Administration
+    access: Access
     directory: Directory
+    protocols: Protocols
     live: LiveStates
     tunnels: Tunnels
     nodes: dict[str, str] = field(default_factory=dict)  # name -> id
@@ -62,7 +74,13 @@ class World:
     def skynet(self) -> Contract:
         return skynet.contract(self.accounts, self.directory, self.tunnels)
 
-    async def add_node(self, name: str, plan: Plan = Plan.FREE, status: NodeStatus = NodeStatus.ENABLED) -> str:
+    async def add_node(
+        self,
+        name: str,
+        plan: Plan = Plan.FREE,
+        status: NodeStatus = NodeStatus.ENABLED,
+        protocols: str = "wireguard",
+    ) -> str:
         row = NodeRow(
             id=new_id(),
             name=name,
@@ -76,6 +94,8 @@ class World:
             wireguard_public_key=PrivateKey.generate().public().raw,
             wireguard_port=51820,
             former_boot_ids="",
+            protocols=protocols,
+            ssh_host_keys=HOST_KEY,
         )
         async with self.database.transaction() as tx:
             tx.session.add(row)
@@ -90,6 +110,36 @@ class World:
         stats = PeerStats(decode_key(public_key), rx, tx, int(now().timestamp()))
         self.live.record(self.nodes[node], Report(sequence=self.reports, boot_id="b", generation="g", peers=[stats]))
 
+    async def session(self, connection_id: str, *, rx: int = 0, tx: int = 0, ended: bool = False) -> None:
+        """The connection's node reports the session of its login."""
+        scope = desired.node_scope(self.nodes["all-1"])
+        async with self.database.connect() as connection:
+            state = await desired.state(connection, self.database.secrets, scope)
+        [login] = [
+            login
+            for login in (resources.decode(item.kind, item.key, item.payload) for item in state.resources)
+            if isinstance(login, Credential) and login.connection == connection_id
+        ]
+        self.reports += 1
+        at = int(now().timestamp())
+        told = SessionStats(
+            f"s-{connection_id}",
+            login.protocol,
+            login.account,
+            login.username,
+            connection_id,
+            "198.51.100.7:4711",
+            "10.67.0.2",
+            at - 5,
+            rx,
+            tx,
+            at if ended else 0,
+        )
+        self.live.record(
+            self.nodes["all-1"], Report(sequence=self.reports, boot_id="b", generation="g", sessions=[told])
+        )
+        await self.live.flush()
+
 
 @asynccontextmanager
 async def build_world(database: Database) -> AsyncIterator[World]:
@@ -100,19 +150,28 @@ async def build_world(database: Database) -> AsyncIterator[World]:
     async def wait_applied(_node: str, _scope: str, _revision: int, _timeout: float) -> bool:
         return made.applies
 
+    keys = await load_keys(database)
+    pool = Pool.parse("10.66.0.0/24", "fd66::/112")
+    protocols = Protocols(
+        database, FleetSettings("controller.example.com:8443", pool.ipv4, pool.ipv6, dns=("9.9.9.9",)), keys
+    )
+    await protocols.refresh()
     tunnels = Tunnels(
         database,
         directory,
         live,
-        TunnelSettings(pool=Pool.parse("10.66.0.0/24", "fd66::/112"), dns=("9.9.9.9", "2620:fe::9")),
+        Logins(passwords, keys),
+        TunnelSettings(pool=pool, dns=("9.9.9.9", "2620:fe::9")),
         max_connections=lambda plan: {Plan.FREE: 1, Plan.PRO: 3, Plan.ENTERPRISE: 100}[plan],
         hold_account=hold_account,
+        server_of=protocols.server_of,
         wait_applied=wait_applied,
     )
-    changes = PasswordChanges(passwords)
+    access = Access(passwords, Peers(pool).refresh)
+    changes = PasswordChanges(passwords, [access])
     accounts = Accounts(database, passwords, session_life=timedelta(hours=24), changes=changes)
-    administration = Administration(database, changes, [end_account])
-    made = World(database, accounts, administration, directory, live, tunnels)
+    administration = Administration(database, changes, [end_account, access.end_account])
+    made = World(database, accounts, administration, access, directory, protocols, live, tunnels)
     await made.add_node("fra-1")
     await made.add_node("nyc-1", plan=Plan.ENTERPRISE)
     for name, plan in (("alice", Plan.PRO), ("bob", Plan.FREE)):

@@ -45,7 +45,7 @@ class ConnectionRequest(Model):
     public_key: Annotated[
         str | None,
         StringConstraints(pattern="^[A-Za-z0-9+/]{43}=$"),
-        Field(description="The client's own WireGuard public key, base64; without it the service makes the key pair"),
+        Field(description="WireGuard: the client's own public key, base64; without it the service makes the key pair"),
     ] = None
     device_id: Annotated[Text, StringConstraints(max_length=64)] | None = None
 
@@ -63,10 +63,10 @@ class ConnectionStarted(ConnectionStatus):
 
 class LiveConnection(ConnectionStatus):
     protocol: str
-    addresses: list[str]
+    addresses: Annotated[list[str], Field(description="WireGuard; by other protocols the server gives one at login")]
     rx: Annotated[int, Field(description="Bytes from the client")]
     tx: Annotated[int, Field(description="Bytes to the client")]
-    latest_handshake: Moment | None
+    latest_handshake: Annotated[Moment | None, Field(description="By other protocols: the latest sign of life")]
 
 
 class Wait(Model):
@@ -92,6 +92,38 @@ class ConfigFile(Model):
     keepalive: int
     preshared_key: str | None
     private_key: Annotated[str | None, Field(description="null where the client made the key")]
+
+
+class OpenVpnFile(Model):
+    protocol: Literal["openvpn"]
+    host: str
+    port: int
+    transports: Annotated[list[Literal["udp", "tcp"]], Field(description="The one to try first comes first")]
+    server_name: Annotated[str, Field(description="The common name of the server's certificate")]
+    username: Annotated[str, Field(description="The common name of the client's")]
+    ca: Annotated[str, Field(description="PEM, as the certificate and the keys")]
+    certificate: str
+    private_key: str
+    tls_crypt_v2: str
+
+
+class SshFile(Model):
+    protocol: Literal["ssh"]
+    host: str
+    port: int
+    username: str
+    password: str
+    host_keys: Annotated[list[str], Field(description="`type base64`, as in known_hosts")]
+    tcp_forwarding: bool
+    tun: bool
+
+
+class L2tpFile(Model):
+    protocol: Literal["l2tp"]
+    host: str
+    psk: str
+    username: str
+    password: str
 
 
 class Profile(Model):

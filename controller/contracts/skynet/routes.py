@@ -9,9 +9,8 @@ from controller.accounts.service import Accounts, User
 from controller.contracts.kit import JSON, Access, Call, Contract, Reply, Route, best, not_acceptable, rfc3339
 from controller.contracts.skynet import models, presenters
 from controller.fleet.directory import Directory
-from controller.tunnels.clientconfig import to_conf, to_json
 from controller.tunnels.connection import Connection
-from controller.tunnels.qr import qr_png, qr_svg
+from controller.tunnels.qr import TooMuchForQr, qr_png, qr_svg
 from controller.tunnels.service import Tunnels
 
 WAIT_SECONDS = 10.0  # for a node to apply what was asked for
@@ -79,18 +78,22 @@ class Skynet:
 
     async def get_config(self, call: Call) -> Reply:
         choice = call.query_as(models.ConfigChoice).format
-        media = _MEDIA[choice] if choice is not None else best(call.accept, (*_MEDIA.values(), _VENDOR_JSON))
+        config = await self._tunnels.client_config(call.user, call.params["id"])
+        offers = (*_MEDIA.values(), _VENDOR_JSON, config.media)
+        media = _MEDIA[choice] if choice is not None else best(call.accept, offers)
         if media is None:
             raise not_acceptable(*_MEDIA.values())
-        config = await self._tunnels.client_config(call.user, call.params["id"])
         if media in (JSON, _VENDOR_JSON):
-            return Reply(to_json(config))
-        if media == _MEDIA["svg"]:
-            return Reply(await qr_svg(to_conf(config)), media)
-        if media == _MEDIA["png"]:
-            return Reply(await qr_png(to_conf(config)), media)
-        name = {"Content-Disposition": 'attachment; filename="skynetvpn.conf"'}
-        return Reply(to_conf(config).encode(), "text/plain; charset=utf-8", name)
+            return Reply(config.to_json())
+        try:
+            if media == _MEDIA["svg"]:
+                return Reply(await qr_svg(config.to_conf()), media)
+            if media == _MEDIA["png"]:
+                return Reply(await qr_png(config.to_conf()), media)
+        except TooMuchForQr:
+            raise not_acceptable(_MEDIA["conf"], JSON) from None
+        name = {"Content-Disposition": f'attachment; filename="{config.file_name}"'}
+        return Reply(config.to_conf().encode(), f"{media}; charset=utf-8", name)
 
     async def get_profile(self, call: Call) -> Reply:
         return Reply(presenters.profile(await self._accounts.get_user(call.user.user_id)))
@@ -202,7 +205,8 @@ def _connections(handlers: Skynet) -> tuple[Route, ...]:
             summary="Start a connection",
             description=(
                 "Send the public half of a key of your own, and the service never sees the private one. "
-                "The same key on the same server replaces the connection that it had."
+                "The same key on the same server replaces the connection that it had. "
+                "A connection by OpenVPN, SSH or L2TP has a login of its own, which is in its configuration."
             ),
             status=201,
             body=models.ConnectionRequest,
@@ -211,7 +215,7 @@ def _connections(handlers: Skynet) -> tuple[Route, ...]:
             request_example={"server_id": _EXAMPLE_ID, "protocol": "wireguard"},
             answer_example=example,
             refusals={
-                403: "The plan's limit of connections is reached",
+                403: "The plan's limit is reached, or the account may not use the protocol, or nothing at this time",
                 404: "There is no such server",
             },
         ),
@@ -253,10 +257,20 @@ def _connections(handlers: Skynet) -> tuple[Route, ...]:
             access=Access.USER,
             handler=handlers.get_config,
             summary="Get the client's configuration",
-            description="A wg-quick file, its fields as JSON, or its QR code, by `format` or the Accept header.",
+            description=(
+                "What the protocol's clients read, its fields as JSON, or a QR code, by `format` or the Accept header: "
+                "a wg-quick file; an OpenVPN profile with everything inline; a fragment for ssh_config; "
+                "what L2TP/IPsec clients ask for."
+            ),
             query=models.ConfigChoice,
-            answer={JSON: models.ConfigFile, "text/plain": bytes, "image/svg+xml": bytes, "image/png": bytes},
-            refusals={406: "None of the media types in the Accept header is served"},
+            answer={
+                JSON: models.ConfigFile | models.OpenVpnFile | models.SshFile | models.L2tpFile,
+                "text/plain": bytes,
+                "application/x-openvpn-profile": bytes,
+                "image/svg+xml": bytes,
+                "image/png": bytes,
+            },
+            refusals={406: "None of the accepted media types is served, or no QR code holds so much"},
         ),
     )
 

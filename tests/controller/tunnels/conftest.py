@@ -8,43 +8,42 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from prometheus_client import CollectorRegistry
 
+from controller.access.logins import Logins
+from controller.accounts.passwords import Passwords
 from controller.accounts.principal import Plan, Principal, Role
+from controller.accounts.service import hold_account
 from controller.accounts.tables import UserRow
+from controller.config import Passwords as PasswordSettings
 from controller.desired import service as desired
-from controller.errors import DomainError, ErrorKind
 from controller.fleet.directory import Directory
 from controller.fleet.metrics import FleetMetrics
 from controller.fleet.nodes import NodeStatus
+from controller.fleet.protocols import Protocols
+from controller.fleet.settings import FleetSettings
 from controller.fleet.tables import NodeRow
-from controller.store.database import Database, Transaction
+from controller.fleet.vpnkeys import load_keys
+from controller.store.database import Database
 from controller.store.types import new_id, now
 from controller.tunnels.addresses import Pool
 from controller.tunnels.live import LiveStates
 from controller.tunnels.metrics import Metrics
 from controller.tunnels.service import Tunnels, TunnelSettings
 from shared import desired as resources
-from shared.desired import Peer
+from shared.access import Credential
+from shared.desired import Payload, Peer
 from shared.keys import PrivateKey, decode_key
-from shared.protocol import PeerStats, Report
+from shared.protocol import PeerStats, Report, SessionStats
 
 SETTINGS = TunnelSettings(
     pool=Pool.parse("10.66.0.0/24", "fd66::/112"), dns=("9.9.9.9", "2620:fe::9"), cool_down=timedelta(minutes=10)
 )
 
 
-class AccountGone(DomainError):
-    kind = ErrorKind.UNAUTHENTICATED
-    code = "account_gone"
-    message = "the account is not active"
-
-
-async def hold_account(tx: Transaction, user_id: str) -> None:
-    active = await tx.session.scalar(sa.select(UserRow.active).where(UserRow.id == user_id).with_for_update())
-    if not active:
-        raise AccountGone
+FLEET = FleetSettings("controller.example.com:8443", SETTINGS.pool.ipv4, SETTINGS.pool.ipv6, dns=SETTINGS.dns)
+CHEAP = PasswordSettings(memory_kib=64, time_cost=1, parallelism=1, workers=1, queue=8)
+HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPl2u3b3cJ7sU2y7m0uK4m8Qm2dG9v0o3w5sX1pQwZkE"
 
 
 @dataclass
@@ -53,7 +52,10 @@ class World:
     directory: Directory
     live: LiveStates
     registry: CollectorRegistry
-    nodes: list[str]
+    nodes: list[str]  # the last one offers all protocols
+    passwords: Passwords
+    logins: Logins
+    protocols: Protocols
     alice: Principal
     bob: Principal
     limits: dict[Plan, int] = field(default_factory=lambda: {Plan.FREE: 1, Plan.PRO: 5, Plan.ENTERPRISE: 1000})
@@ -66,9 +68,11 @@ class World:
             self.database,
             self.directory,
             live or self.live,
+            self.logins,
             replace(SETTINGS, **changes),
             max_connections=lambda plan: self.limits[plan],
             hold_account=hold_account,
+            server_of=self.protocols.server_of,
             wait_applied=self.wait_applied,
         )
 
@@ -108,12 +112,36 @@ class World:
         report = Report(sequence=self.sequence, boot_id=boot, generation=generation, peers=[stats])
         (live or self.live).record(self.nodes[node], report)
 
-    async def peers(self, node: int = 0) -> dict[str, Peer]:
-        """What the node has to run."""
+    def session(self, credential: Credential, *, ended: bool = False, rx: int = 0, tx: int = 0) -> None:
+        """The last node reports the session of a connection's login."""
+        self.sequence += 1
+        now = self.ago()
+        told = SessionStats(
+            "s1",
+            credential.protocol,
+            credential.account,
+            credential.username,
+            credential.connection,
+            "198.51.100.7:4711",
+            "10.67.0.2",
+            now - 5,
+            rx,
+            tx,
+            now if ended else 0,
+        )
+        self.live.record(self.nodes[-1], Report(sequence=self.sequence, boot_id="b1", generation="g1", sessions=[told]))
+
+    async def wanted(self, node: int = 0) -> list[Payload]:
+        """What the node has to run, by its own scope."""
         async with self.database.connect() as connection:
             state = await desired.state(connection, self.database.secrets, desired.node_scope(self.nodes[node]))
-        found = [resources.decode(item.kind, item.key, item.payload) for item in state.resources]
-        return {peer.key: peer for peer in found if isinstance(peer, Peer)}
+        return [resources.decode(item.kind, item.key, item.payload) for item in state.resources]
+
+    async def peers(self, node: int = 0) -> dict[str, Peer]:
+        return {found.key: found for found in await self.wanted(node) if isinstance(found, Peer)}
+
+    async def credentials(self, node: int = -1) -> list[Credential]:
+        return [found for found in await self.wanted(node) if isinstance(found, Credential)]
 
 
 @pytest.fixture
@@ -141,7 +169,7 @@ async def world(database: Database) -> AsyncIterator[World]:
             people.append(
                 Principal(user.id, user.number, name, Role.USER, Plan.PRO, new_id(), "skynet", logged_in_at=now())
             )
-        for name in ("fra1", "nyc1"):
+        for name in ("fra1", "nyc1", "lon1"):
             node = NodeRow(
                 id=new_id(),
                 name=name,
@@ -155,6 +183,8 @@ async def world(database: Database) -> AsyncIterator[World]:
                 wireguard_public_key=PrivateKey.generate().public().raw,
                 wireguard_port=51820,
                 former_boot_ids="",
+                protocols="wireguard openvpn ssh l2tp" if name == "lon1" else "wireguard",
+                ssh_host_keys=HOST_KEY if name == "lon1" else "",
             )
             tx.session.add(node)
             nodes.append(node.id)
@@ -164,4 +194,10 @@ async def world(database: Database) -> AsyncIterator[World]:
     for node_id in nodes:
         directory.set_online(node_id, True)
     live = LiveStates(database, Metrics(registry), max_bytes_per_second=1_000_000_000, interval=0.02)
-    yield World(database, directory, live, registry, nodes, people[0], people[1])
+    keys = await load_keys(database)
+    protocols = Protocols(database, FLEET, keys)
+    await protocols.refresh()
+    passwords = Passwords(CHEAP)
+    logins = Logins(passwords, keys)
+    yield World(database, directory, live, registry, nodes, passwords, logins, protocols, people[0], people[1])
+    passwords.close()

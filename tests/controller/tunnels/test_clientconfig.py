@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.tunnels.clientconfig import ClientConfig, InvalidClientConfig, to_conf, to_json
+from controller.access.clientconfig import InvalidClientConfig
+from controller.tunnels.clientconfig import WireGuardConfig
 from shared.keys import PresharedKey, PrivateKey, PublicKey
 
 SERVER = PrivateKey(b"s" * 32).public()
 CLIENT = PrivateKey(b"c" * 32)
-PLAIN = ClientConfig(
+PLAIN = WireGuardConfig(
     name="SkynetVPN fra1",
     addresses=("10.66.0.2/32", "fd66::2/128"),
     dns=("9.9.9.9", "2620:fe::9"),
@@ -47,18 +48,18 @@ def is_unicast(address: IPv4Address | IPv6Address) -> bool:
 
 def is_dialled(host: str) -> bool:
     try:
-        ClientConfig(**{**fields(PLAIN), "endpoint_host": host})  # type: ignore[arg-type]
+        WireGuardConfig(**{**fields(PLAIN), "endpoint_host": host})  # type: ignore[arg-type]
     except InvalidClientConfig:
         return False
     return True
 
 
-def fields(config: ClientConfig) -> dict[str, object]:
-    return {name: getattr(config, name) for name in ClientConfig.__slots__}
+def fields(config: WireGuardConfig) -> dict[str, object]:
+    return {name: getattr(config, name) for name in WireGuardConfig.__slots__}
 
 
 configs = st.builds(
-    ClientConfig,
+    WireGuardConfig,
     name=st.text(max_size=200) | st.text(alphabet=NASTY, max_size=50),
     addresses=st.tuples(
         st.ip_addresses(v=4).filter(is_unicast).map(lambda address: f"{address}/32"),
@@ -102,8 +103,8 @@ def parse(conf: str) -> dict[str, dict[str, str]]:
 
 
 @given(configs)
-def test_a_rendered_file_reads_back_as_the_model(config: ClientConfig) -> None:
-    sections = parse(to_conf(config))
+def test_a_rendered_file_reads_back_as_the_model(config: WireGuardConfig) -> None:
+    sections = parse(config.to_conf())
     interface = {"Address": ", ".join(config.addresses), "MTU": str(config.mtu)}
     if config.private_key is not None:
         interface["PrivateKey"] = config.private_key.reveal()
@@ -122,11 +123,11 @@ def test_a_rendered_file_reads_back_as_the_model(config: ClientConfig) -> None:
 
 @given(st.text(alphabet=NASTY))
 def test_a_name_never_leaves_its_comment(name: str) -> None:
-    assert to_conf(replace(PLAIN, name=name)).splitlines()[1:] == to_conf(PLAIN).splitlines()[1:]
+    assert replace(PLAIN, name=name).to_conf().splitlines()[1:] == PLAIN.to_conf().splitlines()[1:]
 
 
 def test_a_client_made_key_is_asked_for_in_a_comment() -> None:
-    conf = to_conf(replace(PLAIN, private_key=None))
+    conf = replace(PLAIN, private_key=None).to_conf()
     assert "PrivateKey" not in parse(conf)["Interface"]
     assert f"# PrivateKey = (write here the private key of {CLIENT.public()})" in conf
 
@@ -159,7 +160,7 @@ def test_a_value_with_two_meanings_is_refused(change: dict[str, object]) -> None
 
 
 def test_json_has_the_documented_keys() -> None:
-    assert to_json(replace(PLAIN, preshared_key=None, private_key=None)) == {
+    assert replace(PLAIN, preshared_key=None, private_key=None).to_json() == {
         "addresses": ["10.66.0.2/32", "fd66::2/128"],
         "dns": ["9.9.9.9", "2620:fe::9"],
         "endpoint": "vpn.example.com:51820",
@@ -170,14 +171,14 @@ def test_json_has_the_documented_keys() -> None:
         "preshared_key": None,
         "private_key": None,
     }
-    shown = to_json(PLAIN)
+    shown = PLAIN.to_json()
     assert shown["private_key"] == CLIENT.reveal()
     assert shown["preshared_key"] == PresharedKey(b"p" * 32).reveal()
 
 
 def test_wg_quick_itself_reads_the_file(tmp_path: Path) -> None:
     path = tmp_path / "sky0.conf"
-    path.write_text(to_conf(replace(PLAIN, name="x\n[Peer]\nPublicKey = y")))
+    path.write_text(replace(PLAIN, name="x\n[Peer]\nPublicKey = y").to_conf())
     path.chmod(0o600)
     shown = subprocess.run(["wg-quick", "strip", str(path)], capture_output=True, text=True, timeout=30, check=True)
     assert [line.split(" = ")[0] for line in shown.stdout.splitlines() if " = " in line and "#" not in line] == [
