@@ -8,8 +8,10 @@ from pathlib import Path
 
 from agent.client import account, connect, show, up
 from agent.client.profile import Profile
+from agent.config import split_address
 from agent.drivers.wireguard import Backend
 from shared import __version__
+from shared.resource import Protocol
 
 Command = Callable[[argparse.Namespace, Profile], Awaitable[int]]
 
@@ -18,9 +20,13 @@ exit status: 0 done, 1 failed, 2 wrong usage, 3 not logged in (skynetvpn login),
 files: the session and the WireGuard keys are in $XDG_CONFIG_HOME/skynetvpn (~/.config/skynetvpn), the tunnels
 that are up in $XDG_STATE_HOME/skynetvpn (~/.local/state/skynetvpn). Run all commands as the same user."""
 
+_PROTOCOLS = tuple(map(str, Protocol))
 _CONNECT = """\
-Makes a WireGuard key (once for each server; only its public half is sent), opens a connection, brings the tunnel up
-and waits until both ends confirm it. Needs root. Without SERVER the online server with the least load is taken.
+Opens a connection, brings the tunnel up and waits until both ends confirm it. Needs root, but for ssh. Without SERVER
+the online server with the least load is taken.
+
+wireguard: makes a key once for each server, and sends only its public half. openvpn, l2tp: by the programs of that
+name, which must be installed. ssh: a SOCKS proxy on this machine (--proxy) instead of an interface.
 
 Names are resolved through the tunnel where systemd-resolved or resolvconf manages them; with --netns by
 /etc/netns/NS/resolv.conf, unless that file is there already. With --no-routes nothing but the interface is set."""
@@ -89,8 +95,13 @@ def _connect(command: argparse.ArgumentParser) -> None:
     server = command.add_mutually_exclusive_group()
     server.add_argument("server", nargs="?", metavar="SERVER", help="name or id (default: the least loaded)")
     server.add_argument("--server", dest="server_option", metavar="NAME_OR_ID", help="the same as an option")
-    command.add_argument("--protocol", choices=("wireguard",), default="wireguard")
-    command.add_argument("--key-file", type=Path, metavar="F", help="private key to use, made there if it is missing")
+    command.add_argument(
+        "--protocol", choices=_PROTOCOLS, default=Protocol.WIREGUARD, metavar="{" + ",".join(_PROTOCOLS) + "}"
+    )
+    command.add_argument("--key-file", type=Path, metavar="F", help="WireGuard key to use, made there if it is missing")
+    command.add_argument(
+        "--proxy", type=_proxy, default="127.0.0.1:1080", metavar="H:P", help="of ssh (default: %(default)s)"
+    )
     command.add_argument("--netns", metavar="NS", help="put the tunnel into this network namespace (ip netns)")
     command.add_argument("--interface", metavar="NAME", help="interface to create (default: the next free skyvpnN)")
     command.add_argument(
@@ -112,6 +123,7 @@ def _config(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="for another device: open a connection whose key the controller makes; ID then names the server",
     )
+    command.add_argument("--protocol", choices=_PROTOCOLS, default=Protocol.WIREGUARD, help="of the --new one")
     command.add_argument("--format", choices=("conf", "json", "svg", "png"), help="default: conf; svg and png: QR code")
     command.add_argument("--file", type=Path, metavar="F", help="write it there (mode 0600) instead of to stdout")
     command.add_argument(
@@ -130,6 +142,14 @@ def _up(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--country", default="DE", metavar="CC", help="shown for the node (default: %(default)s)")
     command.add_argument("--city", default="Local", help="shown for the node (default: %(default)s)")
+
+
+def _proxy(text: str) -> str:
+    try:
+        split_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _seconds(text: str) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.client import namespace, selection, tunnel
+from agent.client import means, namespace, selection, tunnel
 from agent.client.account import open_api
 from agent.client.api import Api, Connection, Server
 from agent.client.errors import Failure, Misuse, NotLoggedIn, Refused, Unreachable
@@ -18,6 +18,7 @@ from agent.client.output import Progress, fields, json_text
 from agent.client.profile import LocalTunnel, Profile, load_or_make_key
 from agent.drivers.base import DriverError
 from shared.desired import INTERFACE_NAME
+from shared.resource import Protocol
 
 _DETAILS_AT_ONCE = 8
 _POLL_SECONDS = 0.1
@@ -28,6 +29,7 @@ class Summary(msgspec.Struct, frozen=True):
     connection_id: str
     server_id: str
     server: str
+    protocol: str
     status: str
     interface: str
     netns: str | None
@@ -40,7 +42,8 @@ class Summary(msgspec.Struct, frozen=True):
 
 async def connect(arguments: argparse.Namespace, profile: Profile) -> int:
     session = profile.require_session()
-    tunnel.require_privilege()
+    if means.needs_root(arguments.protocol) or arguments.netns is not None:
+        tunnel.require_privilege()
     if arguments.netns is not None and not namespace.exists(arguments.netns):
         raise Misuse(f"there is no network namespace {arguments.netns!r}: ip netns add {arguments.netns}")
     progress = Progress()
@@ -48,7 +51,7 @@ async def connect(arguments: argparse.Namespace, profile: Profile) -> int:
         async with open_api(session) as api:
             progress.show(f"asking {session.url} for the servers")
             server = await choose_server(api, arguments.server or arguments.server_option)
-            await _clear_leftovers(api, profile, server)
+            await _clear_leftovers(api, profile, server, arguments.protocol)
             summary = await _connect(arguments, profile, api, server, progress)
     finally:
         progress.done()
@@ -68,8 +71,9 @@ async def disconnect(arguments: argparse.Namespace, profile: Profile) -> int:
         print("no tunnel of this machine is up; skynetvpn status lists all connections", file=sys.stderr)
     ended = [item.connection_id for item in found] or ([arguments.id] if arguments.id else [])
     for item in found:
-        tunnel.require_privilege()
-        await tunnel.down(item)
+        if means.needs_root(item.protocol) or item.netns is not None:
+            tunnel.require_privilege()
+        await means.of(item).down(item)
     try:
         await _end(profile, ended, own=bool(found))
     except (NotLoggedIn, Unreachable) as error:
@@ -116,12 +120,12 @@ async def choose_server(api: Api, wanted: str | None) -> Server:
     return best
 
 
-async def _clear_leftovers(api: Api, profile: Profile, server: Server) -> None:
+async def _clear_leftovers(api: Api, profile: Profile, server: Server, protocol: str) -> None:
     """Refuse a second tunnel to the same server; end what a crash or a reboot left of an earlier one."""
     for item in profile.tunnels():
-        if item.server_id != server.id:
+        if (item.server_id, item.protocol) != (server.id, protocol):
             continue
-        if await tunnel.counters(item) is not None:
+        if await means.of(item).counters(item) is not None:
             raise Failure(
                 f"connected to {server.name} already by {item.interface}: "
                 f"skynetvpn disconnect {item.interface} ends it, skynetvpn status shows it"
@@ -132,28 +136,34 @@ async def _clear_leftovers(api: Api, profile: Profile, server: Server) -> None:
 async def _connect(
     arguments: argparse.Namespace, profile: Profile, api: Api, server: Server, progress: Progress
 ) -> Summary:
-    key_file: Path = (arguments.key_file or profile.key_file(server.id)).absolute()
-    key = load_or_make_key(key_file)
-    interface = await _interface(arguments, profile)
+    protocol: str = arguments.protocol
+    public_key = None
+    if protocol == Protocol.WIREGUARD:
+        key_file: Path = (arguments.key_file or profile.key_file(server.id)).absolute()
+        public_key = str(load_or_make_key(key_file).public())
+    interface = arguments.proxy if protocol == Protocol.SSH else await _interface(arguments, profile)
     progress.show(f"opening a connection to {server.name}")
     started = time.monotonic()
-    connection = await api.connect(server.id, arguments.protocol, str(key.public()))
+    connection = await api.connect(server.id, protocol, public_key)
+    if public_key is None:
+        key_file = profile.program_file(connection.connection_id).absolute()
     local = LocalTunnel(
         connection_id=connection.connection_id,
         server_id=server.id,
         server=server.name,
         interface=interface,
-        backend=arguments.backend,
+        backend=arguments.backend if public_key is not None else protocol,
         key_file=str(key_file),
         netns=arguments.netns,
+        protocol=protocol,
     )
+    by = means.of(local)
     try:
         profile.save_tunnel(local)
-        config = await api.tunnel_config(connection.connection_id)
         progress.show(f"bringing up {interface}")
-        local = await tunnel.up(local, config, key, routes=not arguments.no_routes, save=profile.save_tunnel)
+        local = await by.up(local, api, routes=not arguments.no_routes, save=profile.save_tunnel)
         connection = await _wait(api, local, connection, progress, started + arguments.timeout)
-        latency = await tunnel.latency(local)
+        latency = await by.latency(local)
     except BaseException:
         progress.show(f"taking {interface} down again")
         await _abandon(api, profile, local)
@@ -162,12 +172,13 @@ async def _connect(
         connection_id=local.connection_id,
         server_id=server.id,
         server=server.name,
+        protocol=protocol,
         status=connection.status,
         interface=interface,
         netns=local.netns,
         backend=local.backend,
-        addresses=config.addresses,
-        endpoint=config.endpoint,
+        addresses=local.addresses,
+        endpoint=local.endpoint,
         resolver=local.resolver,
         latency_ms=latency,
     )
@@ -190,7 +201,7 @@ async def _wait(
     """Until the handshake is done here and reported there; without the report in time the tunnel still counts."""
     handshake = False
     while True:
-        counters = await tunnel.counters(local)
+        counters = await means.of(local).counters(local)
         handshake = handshake or (counters is not None and counters.latest_handshake > 0)
         if handshake:
             progress.show(f"{local.server} answers; waiting for its report to the controller")
@@ -215,7 +226,7 @@ async def _wait(
 async def _abandon(api: Api, profile: Profile, local: LocalTunnel) -> None:
     """Undo both halves as far as possible; what could not be told to the controller stays noted for `disconnect`."""
     try:
-        await tunnel.down(local)
+        await means.of(local).down(local)
     except DriverError as error:
         print(f"skynetvpn: {local.interface} could not be taken down: {error}", file=sys.stderr)
         return
@@ -230,14 +241,24 @@ async def _abandon(api: Api, profile: Profile, local: LocalTunnel) -> None:
 
 
 def _text(summary: Summary) -> str:
-    place = f"{summary.interface} in namespace {summary.netns}" if summary.netns else summary.interface
     pairs = [
         ("server", f"{summary.server} ({summary.endpoint})"),
         ("status", summary.status),
-        ("addresses", ", ".join(summary.addresses)),
-        ("interface", f"{place}, {summary.backend} WireGuard"),
+        ("addresses", ", ".join(summary.addresses) or "those of this machine"),
+        _way(summary),
         ("names", "resolved as before" if summary.resolver is None else f"through the tunnel, by {summary.resolver}"),
         ("latency", "no answer to ping" if summary.latency_ms is None else f"{summary.latency_ms:.1f} ms"),
         ("connection", summary.connection_id),
     ]
     return fields(pairs)
+
+
+def _way(summary: Summary) -> tuple[str, str]:
+    place = f"{summary.interface} in namespace {summary.netns}" if summary.netns else summary.interface
+    match summary.protocol:
+        case Protocol.SSH:
+            return "proxy", f"socks5://{place}"
+        case Protocol.WIREGUARD:
+            return "interface", f"{place}, {summary.backend} WireGuard"
+        case _:
+            return "interface", f"{place}, {summary.protocol}"

@@ -35,13 +35,14 @@ class LocalTunnel(msgspec.Struct, frozen=True):
     connection_id: str
     server_id: str
     server: str
-    interface: str
+    interface: str  # of SSH: where its SOCKS proxy listens
     backend: str  # as asked for at first, then the one that was taken
-    key_file: str
+    key_file: str  # of the WireGuard key, or the program's secret configuration
     addresses: tuple[str, ...] = ()
     endpoint: str = ""
     netns: str | None = None
     resolver: str | None = None  # how names were set: the way back at disconnect
+    protocol: str = "wireguard"
 
 
 class Profile:
@@ -80,6 +81,10 @@ class Profile:
 
     def key_file(self, server_id: str) -> Path:
         return self.config / "keys" / f"{_file_name(server_id)}.key"
+
+    def program_file(self, connection_id: str) -> Path:
+        """Where the secrets for the program of one connection go; its other files have longer names."""
+        return self.state / "programs" / _file_name(connection_id)
 
     def tunnels(self) -> list[LocalTunnel]:
         directory = self.state / "tunnels"

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from agent import files
-from agent.client import tunnel
+from agent.client import means, tunnel
 from agent.client.account import open_api
 from agent.client.api import Api, Connection, Server
 from agent.client.connect import choose_server
@@ -82,7 +82,7 @@ async def config(arguments: argparse.Namespace, profile: Profile) -> int:
     if format == _BINARY and arguments.file is None and sys.stdout.isatty():
         raise Misuse("png is no text: name a file with --file")
     async with open_api(profile.require_session()) as api:
-        id = await _new_connection(api, arguments.id) if arguments.new else arguments.id
+        id = await _new_connection(api, arguments) if arguments.new else arguments.id
         data = await api.config(id or await _only_connection(api, profile), format)
     if arguments.with_key:
         data = _with_key(data.decode(), profile, arguments.id).encode()
@@ -96,7 +96,7 @@ async def config(arguments: argparse.Namespace, profile: Profile) -> int:
 
 async def _print_status(arguments: argparse.Namespace, profile: Profile, *, clear: bool) -> Failure | None:
     local = {item.connection_id: item for item in profile.tunnels()}
-    counters = {id: await tunnel.counters(item) for id, item in local.items()}
+    counters = {id: await means.of(item).counters(item) for id, item in local.items()}
     failure = None
     try:
         async with open_api(profile.require_session()) as api:
@@ -153,7 +153,7 @@ def _local_row(item: LocalTunnel, status: str, counters: tunnel.Counters | None)
         connection_id=item.connection_id,
         server_id=item.server_id,
         server=item.server,
-        protocol="wireguard",
+        protocol=item.protocol,
         status=status,
         created_at=None,
         addresses=item.addresses,
@@ -168,10 +168,11 @@ def _local_row(item: LocalTunnel, status: str, counters: tunnel.Counters | None)
 
 def _status_table(rows: Sequence[Row], now: datetime) -> str:
     return table(
-        ["SERVER", "STATUS", "ADDRESSES", "SENT", "RECEIVED", "HANDSHAKE", "INTERFACE", "CONNECTION"],
+        ["SERVER", "PROTOCOL", "STATUS", "ADDRESSES", "SENT", "RECEIVED", "HANDSHAKE", "INTERFACE", "CONNECTION"],
         [
             [
                 row.server,
+                row.protocol,
                 row.status,
                 ", ".join(row.addresses) or "-",
                 "-" if row.rx is None else size(row.rx),
@@ -192,8 +193,8 @@ def _place(row: Row) -> str:
     return place if row.local is not None else f"{place} (gone)"
 
 
-async def _new_connection(api: Api, server: str | None) -> str:
-    connection = await api.connect((await choose_server(api, server)).id, "wireguard")
+async def _new_connection(api: Api, arguments: argparse.Namespace) -> str:
+    connection = await api.connect((await choose_server(api, arguments.id)).id, arguments.protocol)
     id = connection.connection_id
     print(f"opened connection {id}; skynetvpn disconnect {id} ends it", file=sys.stderr)
     return id
@@ -209,7 +210,8 @@ async def _only_connection(api: Api, profile: Profile) -> str:
 
 def _with_key(conf: str, profile: Profile, connection_id: str | None) -> str:
     """Put the private key of this machine's tunnel where the server's text has only a comment."""
-    found = [item for item in profile.tunnels() if connection_id in (None, item.connection_id)]
+    tunnels = [item for item in profile.tunnels() if item.protocol == "wireguard"]
+    found = [item for item in tunnels if connection_id in (None, item.connection_id)]
     if not found:
         raise Failure("the connection is no tunnel of this machine, so its private key is not here")
     key = load_or_make_key(Path(found[0].key_file))

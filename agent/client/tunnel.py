@@ -1,4 +1,4 @@
-"""A tunnel on this machine, in its network namespace: up, down, its counters."""
+"""A WireGuard tunnel on this machine, in its network namespace: up, down, its counters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import TypeVar
 import msgspec
 
 from agent.client import namespace, resolver
-from agent.client.api import TunnelConfig
+from agent.client.api import Api, TunnelConfig
 from agent.client.errors import Failure, Misuse
-from agent.client.profile import LocalTunnel
+from agent.client.profile import LocalTunnel, load_or_make_key
 from agent.config import split_address
 from agent.drivers import commands
 from agent.drivers.base import DeviceMissing, DriverError
@@ -27,7 +27,7 @@ from agent.drivers.wireguard.server import ServerPeer
 from agent.drivers.wireguard.userspace import SOCKETS, UserspaceWireGuard
 from shared.addresses import Address
 from shared.desired import Interface
-from shared.keys import PresharedKey, PrivateKey, PublicKey
+from shared.keys import PresharedKey, PublicKey
 
 _PREFIX = "skyvpn"
 _CAP_NET_ADMIN = 12  # capabilities(7)
@@ -38,11 +38,11 @@ Driver = KernelWireGuard | UserspaceWireGuard
 
 
 class Counters(msgspec.Struct, frozen=True):
-    """The tunnel as this end counts it."""
+    """The tunnel as this end counts it; None where its program does not tell."""
 
-    rx: int
-    tx: int
-    latest_handshake: int  # Unix seconds, 0 = none yet
+    rx: int | None
+    tx: int | None
+    latest_handshake: int  # Unix seconds, 0 = none yet; of other protocols the beginning
 
 
 def require_privilege() -> None:
@@ -84,15 +84,10 @@ async def check_free(interface: str, netns: str | None) -> None:
         raise Misuse(f"an interface {interface} is there already: name another one with --interface")
 
 
-async def up(
-    local: LocalTunnel,
-    config: TunnelConfig,
-    key: PrivateKey,
-    *,
-    routes: bool,
-    save: Callable[[LocalTunnel], None],
-) -> LocalTunnel:
+async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[LocalTunnel], None]) -> LocalTunnel:
     """Make the interface, noted down (`save`) before it is there; returns the tunnel with what was decided."""
+    key = load_or_make_key(Path(local.key_file))
+    config = await api.tunnel_config(local.connection_id)
     server = await _server(config, local.interface)
     local = msgspec.structs.replace(local, addresses=config.addresses, endpoint=_join(server.endpoint))
 
@@ -143,13 +138,15 @@ async def counters(local: LocalTunnel) -> Counters | None:
 
 async def latency(local: LocalTunnel) -> float | None:
     """The round trip to the server in milliseconds, or None where it answers no ping."""
-    address = str(_endpoint(local)[0])
+    return await ping(str(_endpoint(local)[0]), local.netns)
 
-    async def ping() -> str:
-        return await commands.run(["ping", "-n", "-q", "-c", "2", "-i", "0.2", "-W", "1", address])
+
+async def ping(host: str, netns: str | None) -> float | None:
+    async def run() -> str:
+        return await commands.run(["ping", "-n", "-q", "-c", "2", "-i", "0.2", "-W", "1", host])
 
     try:
-        found = _AVERAGE.search(await namespace.within(local.netns, ping))
+        found = _AVERAGE.search(await namespace.within(netns, run))
     except DriverError:
         return None
     return float(found[1]) if found else None

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from agent.drivers.base import DriverError, Unsupported
 
@@ -14,12 +14,14 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MAX_WORDS = 2000
 
 
-async def run(argv: Sequence[str], *, stdin: str | None = None, timeout: float = 15) -> str:
+async def run(
+    argv: Sequence[str], *, stdin: str | None = None, timeout: float = 15, environ: Mapping[str, str] | None = None
+) -> str:
     """Run a program to its end and return what it printed.
 
     Also starts daemons: one that goes to the background when it is ready outlives the agent, because it gets a session
-    of its own and inherits no descriptor. The environment is only PATH and LC_ALL=C, so that messages can be read and
-    no variable of the agent changes what a program does.
+    of its own and inherits no descriptor. The environment is only PATH, LC_ALL=C and `environ`, so that messages can
+    be read and no variable of the agent changes what a program does.
 
     Raises Unsupported where the program is not there, else DriverError with its words (never with `stdin`).
     """
@@ -30,7 +32,7 @@ async def run(argv: Sequence[str], *, stdin: str | None = None, timeout: float =
             stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={"PATH": os.environ.get("PATH", _PATH), "LC_ALL": "C"},
+            env={"PATH": os.environ.get("PATH", _PATH), "LC_ALL": "C", **(environ or {})},
             cwd="/",
             start_new_session=True,
         )
