@@ -5,7 +5,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 SYSTEM := requirements/install-system
 RUNTIME_PACKAGES := wireguard-go wireguard-tools nftables iproute2 iputils-ping procps
-TEST_PACKAGES := $(RUNTIME_PACKAGES) curl iperf3 systemd
+PROTOCOL_PACKAGES := openvpn openssh-server openssh-client charon-systemd libcharon-extra-plugins xl2tpd ppp
+TEST_PACKAGES := $(RUNTIME_PACKAGES) $(PROTOCOL_PACKAGES) curl iperf3 sshpass systemd
 BENCH_PACKAGES := $(TEST_PACKAGES) wrk prometheus-node-exporter strace
 CHECKED := controller agent shared tests bench
 
