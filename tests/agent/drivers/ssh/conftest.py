@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import shutil
@@ -11,7 +12,6 @@ import subprocess
 import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ _CLONE_NEWNS, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x20000, 4096, 16384, 1 << 18
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def own_etc(directory: Path) -> Iterator[None]:
     """Give the calling thread, and what it starts, a copy of /etc; nobody else sees what is changed there."""
     shutil.copytree("/etc", directory, symlinks=True)
@@ -104,6 +104,16 @@ class Net:
             stderr=subprocess.DEVNULL,
         )
 
+    def sshds(self) -> list[str]:
+        """The titles of the node's sshd processes, with their numbers."""
+        listed = self.node.run("ps", "-o", "pid=,args=", "-p", ",".join(map(str, self.node.pids())), check=False)
+        return [line.strip() for line in listed.splitlines() if "sshd" in line]
+
+    async def denied(self, **login: str) -> bool:
+        """Whether sshd refuses the login."""
+        code, words = await self.try_ssh("-N", **login)
+        return code != 0 and "Permission denied" in words
+
     async def try_ssh(
         self, *options: str, command: tuple[str, ...] = (), user: str = "alice", password: str = PASSWORD
     ) -> tuple[int, str]:
@@ -126,6 +136,11 @@ class Net:
             raise
         assert process.returncode is not None
         return process.returncode, output.decode(errors="replace")
+
+
+def text_of(*names: str) -> str:
+    """What these files of the node's /etc say."""
+    return "".join(Path("/etc", name).read_text() for name in names)
 
 
 def alice(name: str = "alice", *, keys: tuple[str, ...] = (), password: bool = True) -> Credential:
@@ -153,16 +168,12 @@ async def eventually(condition: Callable[[], Awaitable[object]], timeout: float 
             await asyncio.sleep(0.02)
 
 
-@contextmanager
+@contextlib.contextmanager
 def echo_server(namespace: Namespace, address: str, port: int) -> Iterator[None]:
     """Sends back what it gets, in this namespace."""
     with namespace.entered():
-        listener = socket.create_server((address, port))
-
-    def serve(opened: socket.socket) -> None:
-        with opened:
-            while data := opened.recv(65536):
-                opened.sendall(data)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = socket.create_server((address, port), family=family)
 
     def accept() -> None:
         while True:
@@ -170,7 +181,7 @@ def echo_server(namespace: Namespace, address: str, port: int) -> Iterator[None]
                 opened, _ = listener.accept()
             except OSError:
                 return
-            threading.Thread(target=lambda: _quietly(serve, opened), daemon=True).start()
+            threading.Thread(target=_echo, args=(opened,), daemon=True).start()
 
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()
@@ -182,11 +193,10 @@ def echo_server(namespace: Namespace, address: str, port: int) -> Iterator[None]
         thread.join()
 
 
-def _quietly(serve: Callable[[socket.socket], None], opened: socket.socket) -> None:
-    try:
-        serve(opened)
-    except OSError:
-        return
+def _echo(opened: socket.socket) -> None:
+    with opened, contextlib.suppress(OSError):
+        while data := opened.recv(65536):
+            opened.sendall(data)
 
 
 def connect(namespace: Namespace, port: int, host: str = "127.0.0.1") -> socket.socket:
