@@ -22,6 +22,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Info, disable_created_metrics
 
 from controller.access.logins import Logins
+from controller.access.members import Members
 from controller.access.service import Access
 from controller.accounts.administration import Administration
 from controller.accounts.newpassword import PasswordChanges
@@ -32,9 +33,11 @@ from controller.channel.hub import Hub
 from controller.channel.metrics import ChannelMetrics
 from controller.channel.tls import ChannelTls
 from controller.config import Config, read_secrets, split_address
-from controller.contracts import skynet
+from controller.contracts import irssh, skynet
 from controller.contracts.kit import AccessLog, Api, HttpSettings
 from controller.errors import Unusable
+from controller.events.service import Events
+from controller.events.service import Events
 from controller.fleet import ca
 from controller.fleet.ca import Authority
 from controller.fleet.directory import Directory
@@ -47,15 +50,22 @@ from controller.fleet.settings import FleetSettings, ProtocolPools
 from controller.fleet.vpnkeys import VpnKeys, load_keys
 from controller.notify import notify, watchdog
 from controller.operations import operations_routes
-from controller.store.database import Database, open_database
+from controller.store.database import Database, Transaction, open_database
 from controller.store.migrate import migrate
 from controller.store.watch import Watcher
 from controller.tunnels.addresses import Pool
-from controller.tunnels.ending import end_account
+from controller.tunnels.ending import end_account, end_by_ids
 from controller.tunnels.live import LiveStates
 from controller.tunnels.metrics import Metrics as TunnelMetrics
 from controller.tunnels.peers import Peers
 from controller.tunnels.service import Tunnels, TunnelSettings
+from controller.usage.enforcement import Enforcement
+from controller.usage.granting import Granting
+from controller.usage.limits import Limits
+from controller.usage.sessions import Sessions
+from controller.usage.enforcement import Enforcement
+from controller.usage.limits import Limits
+from controller.usage.sessions import Sessions
 from shared import __version__
 
 SHUTDOWN_TIMEOUT = 5.0  # seconds that open requests have to end
@@ -82,6 +92,7 @@ class Services:
     accounts: Accounts
     administration: Administration
     access: Access
+    limits: Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +104,8 @@ class Controller:
     keys: VpnKeys
     protocols: Protocols
     live: LiveStates
+    sessions: Sessions
+    enforcement: Enforcement
     tunnels: Tunnels
     hub: Hub
     tls: ChannelTls
@@ -132,7 +145,8 @@ async def services(config: Config) -> AsyncIterator[Services]:
         accounts = Accounts(database, passwords, session_life=timedelta(hours=config.login_hours), changes=changes)
         administration = Administration(database, changes, [end_account, access.end_account])
         fleet = Fleet(database, authority.pin, settings)
-        yield Services(database, authority, settings, fleet, passwords, accounts, administration, access)
+        limits = Limits(access.refresh)
+        yield Services(database, authority, settings, fleet, passwords, accounts, administration, access, limits)
 
 
 async def compose(services: Services, config: Config, registry: CollectorRegistry) -> Controller:
@@ -146,6 +160,10 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         TunnelMetrics(registry, directory.name),
         max_bytes_per_second=config.tunnel.max_bytes_per_second,
     )
+    sessions = Sessions(database, live.book, end_by_ids)
+    enforcement = Enforcement(database, live.book, sessions, Events(database), services.access.refresh)
+    for follower in (sessions.on_written, enforcement.on_written):
+        live.on_written(follower)
     identities = Identities(database, services.authority, services.fleet_settings, fleet_metrics)
     hub = Hub(
         database,
@@ -158,6 +176,18 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         ChannelMetrics(registry),
     )
     live.on_stored(hub.acknowledge)
+    sessions = Sessions(database, live.book, end_by_ids)
+    events = Events(database)
+    granting = Granting(database, hub.wait_applied, live.wait_reported)
+
+    async def refresh(tx: Transaction, user_id: str) -> None:
+        await granting.rebalance(tx, user_id)
+        await services.access.refresh(tx, user_id)
+
+    limits = Limits(refresh)
+    enforcement = Enforcement(database, live.book, sessions, events, refresh)
+    for follower in (sessions.on_written, enforcement.on_written, granting.on_written):
+        live.on_written(follower)
     tunnels = Tunnels(
         database,
         directory,
@@ -174,8 +204,12 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         server_of=protocols.server_of,
         wait_applied=hub.wait_applied,
     )
+    members = Members(database, services.accounts, services.administration, services.access, services.limits, sessions)
     api = Api(
-        [skynet.contract(services.accounts, directory, tunnels)],
+        [
+            skynet.contract(services.accounts, directory, tunnels),
+            irssh.contract(services.accounts, members, protocols, sessions, directory),
+        ],
         services.accounts,
         _http_settings(config),
         registry,
@@ -188,6 +222,8 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         keys,
         protocols,
         live,
+        sessions,
+        enforcement,
         tunnels,
         hub,
         ChannelTls(services.authority),
@@ -210,6 +246,8 @@ async def serve(config: Config) -> None:
         await controller.protocols.apply_settings()
         await controller.directory.refresh()
         await controller.live.load()
+        await controller.sessions.load()
+        await controller.sessions.load()
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(work) for work in _background(controller)]
             async with (
@@ -234,6 +272,9 @@ def _background(controller: Controller) -> list[asyncio._CoroutineLike[None]]:
         controller.protocols.run(),
         controller.hub.run(),
         controller.live.run(),
+        controller.enforcement.run(),
+        controller.granting.run(),
+        controller.enforcement.run(),
         controller.tunnels.run(),
         controller.tls.run(),
         _purge_sessions(controller.services.accounts),

@@ -77,6 +77,7 @@ class LiveStates:
         self._records = Records(database)
         self._listeners: list[Stored] = []
         self._followers: list[OnWritten] = []
+        self._waiters: dict[str, list[tuple[int, asyncio.Future[None]]]] = {}  # by node
         self._hurry = asyncio.Event()
         self._flushing = asyncio.Lock()
         self._marked: set[str] = set()  # nodes whose mark has a row
@@ -94,10 +95,21 @@ class LiveStates:
         """Call `follower(written)` after each commit of what was reported; it must not block."""
         self._followers.append(follower)
 
-    def marked(self, node_id: str) -> int:
-        """The number of the node's newest report that is counted, stored or not."""
+    async def wait_reported(self, node_id: str, timeout: float) -> bool:
+        """Wait until a report that was made after this call is in the database."""
         mark = self._ledger.marks.get(node_id)
-        return mark.sequence if mark is not None else 0
+        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = (mark.sequence if mark is not None else 0, stored)
+        waiters = self._waiters.setdefault(node_id, [])
+        waiters.append(waiter)
+        try:
+            async with asyncio.timeout(timeout):
+                await stored
+        except TimeoutError:
+            return False
+        finally:
+            waiters.remove(waiter)
+        return True
 
     async def load(self) -> None:
         """Read where the last process stopped."""
@@ -338,6 +350,9 @@ class LiveStates:
         for node_id, mark in marks.items():
             for listener in self._listeners:
                 listener(node_id, mark["new_sequence"])
+            for before, stored in self._waiters.get(node_id, ()):
+                if mark["new_sequence"] > before and not stored.done():
+                    stored.set_result(None)
         for follower in self._followers:
             follower(written)
 

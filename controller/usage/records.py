@@ -91,7 +91,7 @@ class Records:
         await _CHANGE.run(connection, changes.changes)
         await _ADD_USAGE.run(connection, changes.usage)
         metered = await self._count_quotas(connection, changes.batch)
-        leases = await self._note_leases(connection, changes.batch)
+        leases = await self._note_leases(connection, changes.batch, self._metered or set())
         return Written(changes.began, changes.ended, metered, leases)
 
     async def _count_quotas(self, connection: AsyncConnection, batch: Batch) -> list[str]:
@@ -106,7 +106,9 @@ class Records:
         await _USE_QUOTA.run(connection, [(count, user_id) for user_id, count in sorted(used.items())])
         return sorted(used)
 
-    async def _note_leases(self, connection: AsyncConnection, batch: Batch) -> list[tuple[str, str]]:
+    async def _note_leases(
+        self, connection: AsyncConnection, batch: Batch, metered: Collection[str]
+    ) -> list[tuple[str, str]]:
         if not batch.used:
             return []
         users = await self.users(connection, {number for _, number in batch.used})
@@ -114,7 +116,7 @@ class Records:
         rows = sorted(
             (node_id, users[number], ledgers[node_id], 0, 0, used)
             for (node_id, number), used in batch.used.items()
-            if number in users and ledgers.get(node_id)
+            if users.get(number) in metered and ledgers.get(node_id)
         )
         await _NOTE_LEASE.run(connection, rows)
         return [(row[0], row[1]) for row in rows]
