@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
+import socket
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from agent.drivers.base import Admit, Notify, ServiceDriver
+from agent.drivers.openvpn import OpenVpn
+from shared.access import Credential
+from shared.crypt import hash_password
+from shared.resource import Protocol
+from shared.services import OpenVpnServer
 from tests.support.netns import Namespace, wait_until
 
+PASSWORD = "correct horse"
+SECRET = hash_password(PASSWORD)
+_numbers = itertools.count()
+REFUSED = "AUTH_FAILED"
 CONNECTED = "Initialization Sequence Completed"
 
 
@@ -101,9 +118,10 @@ class Client:
         options: tuple[str, ...] = ("pull-filter ignore redirect-gateway",),
     ) -> None:
         self._namespace = namespace
-        self.device = f"tun{hashlib.sha256(str(id(self)).encode()).hexdigest()[:8]}"
+        self.device = f"tun{next(_numbers)}"
         self.log = directory / f"{self.device}.log"
         self._config = directory / f"{self.device}.conf"
+        self._gateway = {"udp": "10.70.0.1", "tcp": "10.70.128.1"}[transport]
         family = "6" if ":" in remote else "4"
         lines = [
             "client",
@@ -114,6 +132,7 @@ class Client:
             "remote-cert-tls server",
             "connect-retry 1 1",
             "verb 3",
+            *(["explicit-exit-notify 1"] if transport == "udp" else []),
             *options,
             f"<ca>\n{authority.pem}</ca>",
             f"<tls-crypt-v2>\n{authority.tls_crypt_client(directory)}</tls-crypt-v2>",
@@ -148,8 +167,16 @@ class Client:
         self.start()
         self.wait_for(CONNECTED, timeout)
 
+    def refused(self) -> bool:
+        self.start()
+        wait_until(lambda: REFUSED in self.said() or self.connected(), 30)
+        return not self.connected()
+
+    def passes(self) -> bool:
+        return self.ping(self._gateway)
+
     def ping(self, address: str, count: int = 1) -> bool:
-        argv = ("ping", "-c", str(count), "-i", "0.2", "-W", "2", "-I", self.device, address)
+        argv = ("ping", "-c", str(count), "-i", "0.2", "-W", "1", "-I", self.device, address)
         return f" {count} received" in self._namespace.run(*argv, check=False)
 
     def end(self) -> None:
@@ -177,3 +204,88 @@ def _genkey(kind: str, *options: str) -> str:
         path = Path(directory) / "key"
         subprocess.run(("openvpn", *options, "--genkey", kind, str(path)), capture_output=True, check=True, timeout=30)
         return path.read_text()
+
+
+class OpenVpnRig:
+    """The host is 192.0.2.1 and 2001:db8::1; clients are on another. alice and carol log in by certificate."""
+
+    asks = True
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.authority = Authority()
+        self.host, self.far = Namespace("host"), Namespace("far")
+        self._exit = ExitStack()
+        self._materials: dict[str, Material] = {}
+        self._clients: list[Client] = []
+
+    def __enter__(self) -> Self:
+        with ExitStack() as exits:
+            exits.enter_context(self.host)
+            exits.enter_context(self.far)
+            self.host.connect(self.far, "192.0.2.1/24", "192.0.2.2/24", ("2001:db8::1/64", "2001:db8::2/64"))
+            exits.enter_context(self.host.entered())
+            self._exit = exits.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            for client in self._clients:
+                print(client.said() if client.log.exists() else "a client that never started")
+        self._exit.close()
+
+    def driver(self, admit: Admit, notify: Notify) -> OpenVpn:
+        return OpenVpn(self.directory / "openvpn", boot_id="boot", admit=admit, notify=notify)
+
+    async def prepare(self, driver: ServiceDriver) -> None:
+        assert isinstance(driver, OpenVpn)
+        request = await driver.certificate_request()
+        assert request is not None
+        await driver.install_certificate(self.authority.sign_server(request), self.authority.pem.encode())
+
+    def spec(self, **changes: Any) -> OpenVpnServer:
+        spec = OpenVpnServer(
+            port=1194,
+            ipv4_pool="10.70.0.0/16",
+            ipv6_pool="fd70::/63",
+            dns=("10.70.0.1", "fd70::1"),
+            ca=self.authority.pem,
+            tls_crypt=self.authority.tls_crypt,
+        )
+        changed = msgspec.structs.replace(spec, **changes)
+        changed.check()
+        return changed
+
+    def changed_spec(self) -> OpenVpnServer:
+        return self.spec(dns=("192.0.2.53",), keepalive=7)
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp, socket.socket(socket.AF_INET6) as tcp:
+            udp.bind(("::", 1194))
+            tcp.bind(("::", 1194))
+            tcp.listen()
+            yield
+
+    def material(self, username: str) -> Material:
+        if username not in self._materials:
+            self._materials[username] = self.authority.client(username)
+        return self._materials[username]
+
+    def credential(self, username: str, **changes: Any) -> Credential:
+        by = {"fingerprint": self.material(username).fingerprint} if by_certificate(username) else {"secret": SECRET}
+        return Credential(protocol=Protocol.OPENVPN, username=username, account=1, **{**by, **changes})
+
+    def client(self, username: str, *, wrong: bool = False, **options: Any) -> Client:
+        login: dict[str, Any] = {"username": username, "password": "wrong" if wrong else PASSWORD}
+        if by_certificate(username):
+            login = {"material": self.authority.client(username) if wrong else self.material(username)}
+        made = Client(self.far, self.directory, self.authority, **{**login, **options})
+        self._clients.append(made)
+        return made
+
+
+def by_certificate(username: str) -> bool:
+    return username in ("alice", "carol")
