@@ -1,0 +1,112 @@
+"""An account with its protocols and limits as one thing: what the panel of an administrator works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from controller.access.service import Access
+from controller.accounts.administration import Administration
+from controller.accounts.service import Accounts, User
+from controller.store.database import Database, Transaction
+from controller.usage import limits
+from controller.usage.limits import AccountLimits, Limits
+from controller.usage.sessions import Sessions
+from shared.resource import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    user: User
+    protocols: tuple[str, ...]
+    limits: AccountLimits
+
+
+class Members:
+    def __init__(
+        self,
+        database: Database,
+        accounts: Accounts,
+        administration: Administration,
+        access: Access,
+        limits: Limits,
+        sessions: Sessions,
+    ) -> None:
+        self._database = database
+        self._accounts = accounts
+        self._administration = administration
+        self._access = access
+        self._limits = limits
+        self._sessions = sessions
+
+    async def list_users(self) -> list[User]:
+        return await self._administration.list_users()
+
+    async def get(self, number: int) -> Member:
+        """Raise UserNotFound."""
+        return await self._member(await self._administration.user_by_number(number))
+
+    async def create(self, username: str, email: str, password: str, protocols: Sequence[str]) -> Member:
+        """A new account with a credential of each protocol on every node that offers it, all in one transaction.
+
+        Raise InvalidInput, UsernameTaken or EmailTaken.
+        """
+        wanted = _in_order(protocols)
+        secrets = await self._access.prepare(password, wanted)
+
+        async def grant(tx: Transaction, user: User) -> None:
+            await self._access.grant(tx, user.id, wanted, secrets)
+
+        return await self._member(
+            await self._accounts.create_user(username, email, password, protocols=wanted, also=grant)
+        )
+
+    async def change(
+        self,
+        number: int,
+        *,
+        email: str | None = None,
+        password: str | None = None,
+        active: bool | None = None,
+        protocols: Sequence[str] | None = None,
+        limits: dict[str, Any] | None = None,
+    ) -> Member:
+        """Change what is given; of `limits` only what is in it, None taking one away. All of it, or nothing.
+
+        Raise UserNotFound, InvalidInput, EmailTaken, LastAdmin.
+        """
+        wanted = _in_order(protocols) if protocols is not None else None
+        secrets = await self._access.prepare(password, wanted) if password is not None and wanted is not None else None
+
+        async def follow(tx: Transaction, user: User) -> None:
+            if wanted is not None:
+                await self._access.grant(tx, user.id, wanted, secrets)
+            if limits:
+                await self._limits.change(tx, user.id, **limits)
+            elif active is not None:
+                await self._access.refresh(tx, user.id)
+
+        user = await self._administration.update_user(
+            number, email=email, password=password, active=active, protocols=wanted, also=follow
+        )
+        return await self._member(user)
+
+    async def delete(self, number: int) -> None:
+        """Raise UserNotFound, LastAdmin."""
+        await self._administration.delete_user(number)
+
+    async def kick(self, number: int) -> int:
+        """End the account's live sessions; how many there were. Raise UserNotFound."""
+        user = await self._administration.user_by_number(number)
+        return await self._sessions.kick(user_id=user.id, reason="kicked")
+
+    async def _member(self, user: User) -> Member:
+        async with self._database.read() as session:
+            found = await limits.read(session, user.id)
+        return Member(user, user.protocols if user.protocols is not None else tuple(Protocol), found)
+
+
+def _in_order(protocols: Sequence[str]) -> tuple[str, ...]:
+    """Each once, in one order."""
+    return tuple(protocol for protocol in Protocol if protocol in protocols)
