@@ -63,9 +63,9 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What was set for the fleet or for one node; what is not in it comes from below."""
+    """What was set for the fleet or for one node; what is not in it (a port of None) comes from below."""
 
-    port: int = 0  # 0 = not set
+    port: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -80,7 +80,8 @@ class Layers:
 
     def port(self, protocol: Protocol, node_id: str, fleet: FleetSettings) -> int:
         default = fleet.wireguard_port if protocol is Protocol.WIREGUARD else DEFAULT_PORTS[protocol]
-        return self.own(protocol, node_id).port or self.own(protocol, FLEET).port or default
+        set_ = (self.own(protocol, node_id).port, self.own(protocol, FLEET).port, default)
+        return next(port for port in set_ if port is not None)
 
     def settings(self, protocol: Protocol, node_id: str, fleet: FleetSettings) -> Settings:
         above = {**self.own(protocol, FLEET).settings, **self.own(protocol, node_id).settings}
@@ -98,7 +99,7 @@ def read_changes(protocol: Protocol, given: Mapping[str, object]) -> tuple[dict[
             problems[name] = f"{protocol} has no such setting; it has {', '.join(types)}"
             continue
         try:
-            values[name] = None if value is None else msgspec.to_builtins(msgspec.convert(value, types[name]))
+            values[name] = None if value is None else msgspec.convert(value, types[name])
         except msgspec.ValidationError as error:
             problems[name] = str(error)[:1].lower() + str(error)[1:]
     return values, problems

@@ -21,7 +21,7 @@ async def read_layers(session: AsyncSession, secrets: SecretBox) -> Layers:
     found: dict[tuple[Protocol, str], Layer] = {}
     for row in await session.scalars(sa.select(ProtocolRow)):
         if row.protocol in set(Protocol):
-            found[Protocol(row.protocol), row.node_id] = Layer(row.port, json.loads(row.settings))
+            found[Protocol(row.protocol), row.node_id] = Layer(row.port or None, json.loads(row.settings))
     for key in await session.scalars(sa.select(FleetKeyRow).where(FleetKeyRow.name.startswith(IPSEC_PSK))):
         place = Protocol.L2TP, key.name.removeprefix(IPSEC_PSK).removeprefix("/")
         layer = found.get(place, Layer())
@@ -32,7 +32,9 @@ async def read_layers(session: AsyncSession, secrets: SecretBox) -> Layers:
 async def write_layer(tx: Transaction, protocol: Protocol, node_id: str, layer: Layer) -> None:
     plain = {name: value for name, value in layer.settings.items() if name not in SECRET}
     await tx.session.merge(
-        ProtocolRow(protocol=protocol, node_id=node_id, port=layer.port, settings=json.dumps(plain), updated_at=now())
+        ProtocolRow(
+            protocol=protocol, node_id=node_id, port=layer.port or 0, settings=json.dumps(plain), updated_at=now()
+        )
     )
     if protocol is Protocol.L2TP:
         await _write_psk(tx, node_id, layer.settings.get("psk"))

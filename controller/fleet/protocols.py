@@ -255,7 +255,8 @@ def _field(name: str) -> str:
 def _move(layers: Layers, nodes: Sequence[NodeRow], port: int) -> None:
     """Let the nodes have the port; a node that was given one of its own keeps it."""
     for node in nodes:
-        node.wireguard_port = layers.own(Protocol.WIREGUARD, node.id).port or port
+        own = layers.own(Protocol.WIREGUARD, node.id).port
+        node.wireguard_port = port if own is None else own
 
 
 async def _wireguard_port(session: AsyncSession, node_id: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -17,7 +18,9 @@ from controller.fleet.errors import NodeNotFound, NothingToConfirm
 from controller.fleet.layers import FLEET, merged
 from controller.fleet.layerstore import read_layers, write_layer
 from controller.fleet.nodes import INTERFACE, NodeSpec, NodeStatus
+from controller.fleet.offer import known_protocols
 from controller.fleet.settings import FleetSettings as FleetSettings
+from controller.fleet.standing import servers_from
 from controller.fleet.tables import AppliedRow, JoinTokenRow, NodeRow
 from controller.store.database import Database, Topic, Transaction
 from controller.store.types import new_id, now
@@ -44,6 +47,8 @@ class Node:
     certificate_expires_at: datetime | None
     agent: str | None
     problem: str | None  # in the node's words
+    protocols: tuple[Protocol, ...]
+    servers: Mapping[str, str]  # what ails which protocol, in the node's words
 
 
 class Fleet:
@@ -72,11 +77,16 @@ class Fleet:
     async def nodes(self) -> list[Node]:
         async with self._database.read() as session:
             rows = (await session.scalars(sa.select(NodeRow).order_by(NodeRow.name))).all()
-            problems = await session.execute(
-                sa.select(AppliedRow.node_id, AppliedRow.problem).where(AppliedRow.problem.is_not(None))
-            )
-            words = {problem.node_id: problem.problem for problem in problems}
-        return [_node(row, words.get(row.id)) for row in rows]
+            told = (
+                await session.execute(
+                    sa.select(AppliedRow.node_id, AppliedRow.problem, AppliedRow.servers).order_by(AppliedRow.scope)
+                )
+            ).all()
+        problems = {words.node_id: words.problem for words in told if words.problem is not None}
+        ailing: dict[str, dict[str, str]] = {}
+        for words in told:
+            ailing.setdefault(words.node_id, {}).update(servers_from(words.servers))
+        return [_node(row, problems.get(row.id), ailing.get(row.id, {})) for row in rows]
 
     async def set_status(self, name: str, status: NodeStatus) -> None:
         """A node that is no longer admitted is cut off at once by every controller; its tunnels stay."""
@@ -158,7 +168,7 @@ async def _by_name(session: AsyncSession, name: str) -> NodeRow:
     return row
 
 
-def _node(row: NodeRow, problem: str | None) -> Node:
+def _node(row: NodeRow, problem: str | None, servers: Mapping[str, str]) -> Node:
     return Node(
         id=row.id,
         name=row.name,
@@ -173,4 +183,6 @@ def _node(row: NodeRow, problem: str | None) -> Node:
         certificate_expires_at=row.certificate_expires_at,
         agent=row.agent,
         problem=problem,
+        protocols=known_protocols(row.protocols.split()),
+        servers=servers,
     )

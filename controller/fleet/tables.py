@@ -74,14 +74,14 @@ class AppliedRow(Table):
 
 
 class ProtocolRow(Table):
-    """The settings of a protocol: of the whole fleet (node_id ""), or of one node, which then has its own."""
+    """What was set of a protocol for the whole fleet (node_id ""), or over that for one node."""
 
     __tablename__ = "protocols"
 
     protocol: Mapped[str] = mapped_column(primary_key=True)
     node_id: Mapped[str] = mapped_column(sa.String(36), primary_key=True, default="")
-    port: Mapped[int]
-    settings: Mapped[str] = mapped_column(sa.Text)  # JSON, as the API takes them
+    port: Mapped[int]  # 0 = not set here
+    settings: Mapped[str] = mapped_column(sa.Text)  # JSON, as the API takes them; secrets are in FleetKeyRow
     updated_at: Mapped[datetime]
 
 
