@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -24,12 +25,14 @@ HELLO_DEADLINE = 10.0  # seconds
 SEND_DEADLINE = 10.0  # a node that takes nothing for so long is dropped; it resynchronises when it is back
 FAREWELL = 0.5
 _MAX_WAITING = 256  # frames that are no state: acknowledgements of reports and the like
+_SMALL = 16 * 1024  # bytes that an empty transport always takes
 
 log = structlog.get_logger()
 
 
 class Connection:
-    """`read_push` reads what a scope has to be sent, `receive` takes what the node sends."""
+    """`read_push` reads what a scope has to be sent, `known_push` tells it where nothing has to be read; `receive`
+    takes what the node sends."""
 
     def __init__(
         self,
@@ -39,15 +42,17 @@ class Connection:
         session: Session,
         metrics: ChannelMetrics,
         read_push: Callable[[Wanted], Awaitable[Push]],
+        known_push: Callable[[Wanted], Push | None],
     ) -> None:
         self.node = node
         self.session = session
         self._socket = socket
         self._transport = transport
         self._metrics = metrics
-        self._read_push = read_push
+        self._read_push, self._known_push = read_push, known_push
         self._waiting: deque[bytes] = deque()
         self._unreadable = False
+        self._idle = False  # the writer waits for work
         self._work = asyncio.Event()
         self._ended: asyncio.Future[Bye | None] = asyncio.get_running_loop().create_future()
 
@@ -60,7 +65,8 @@ class Connection:
 
     def wake(self) -> None:
         """Something may be wanted by the session."""
-        self._work.set()
+        if not self._push_at_once():
+            self._work.set()
 
     def end(self, bye: Bye | None) -> None:
         """End the session; the first reason counts."""
@@ -123,7 +129,9 @@ class Connection:
 
     async def _write(self) -> None:
         while True:
+            self._idle = True
             await self._work.wait()
+            self._idle = False
             self._work.clear()
             await self._flush()
             while (wanted := self.session.wanted()) is not None:
@@ -153,6 +161,23 @@ class Connection:
                 await self._transmit(frame)
         return True
 
+    def _push_at_once(self) -> bool:
+        """Write what is wanted from here, or return False: what has to be read, or has to wait, is the writer's.
+
+        A push is then on its way before its commit has returned to whoever asked for it, and no task is woken.
+        """
+        busy = not self._idle or self._work.is_set() or self._ended.done()
+        if busy or self._transport.is_closing() or self._transport.get_write_buffer_size():
+            return False
+        while (wanted := self.session.wanted()) is not None:
+            push = self._known_push(wanted)
+            if push is None or sum(map(len, push.frames)) > _SMALL:
+                self.session.postpone(wanted.scope)
+                return False
+            if self.session.pushing(wanted.scope, push.revision, push.digest):
+                self._transport.write(b"".join(map(_message, push.frames)))
+        return True
+
     async def _transmit(self, data: bytes) -> None:
         try:
             async with asyncio.timeout(SEND_DEADLINE):
@@ -175,3 +200,9 @@ class Connection:
                     await self._socket.send_bytes(encode(bye))
                 await self._socket.close()
         self._transport.abort()
+
+
+def _message(data: bytes) -> bytes:
+    """A whole binary message of less than 64 KiB, as a server writes it (RFC 6455 §5.2)."""
+    size = len(data)
+    return (struct.pack("!BB", 0x82, size) if size < 126 else struct.pack("!BBH", 0x82, 126, size)) + data

@@ -132,7 +132,7 @@ class Hub:
     ) -> None:
         """Run one node's session until it ends; a second one of the same node replaces the first."""
         session = Session(node.node_id, self._epoch, node.scopes)
-        connection = Connection(socket, transport, node, session, self._metrics, self._read_push)
+        connection = Connection(socket, transport, node, session, self._metrics, self._read_push, self._pushes.known)
         intake = Intake(
             connection,
             address,

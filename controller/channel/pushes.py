@@ -51,20 +51,24 @@ class Pushes:
         """Nobody listens to the scope any more."""
         self._scopes.pop(scope, None)
 
-    async def get(self, wanted: Wanted, shared: bool) -> Push:
-        """The answer; with `shared` it is kept for the other nodes of the scope. Raises StoreUnavailable."""
+    def known(self, wanted: Wanted) -> Push | None:
+        """The answer where nothing has to be read for it. The common case: the latest change is what the node lacks."""
         state = self._scopes.setdefault(wanted.scope, _Scope())
         key = (wanted.base, wanted.confirmed)
-        if (ready := state.ready.get(key)) is not None:
-            return ready
-        # The common case: this very change is what the node lacks, and nothing has to be read.
-        if state.latest is not None and state.latest.base == wanted.base:
+        push = state.ready.get(key)
+        if push is None and state.latest is not None and state.latest.base == wanted.base:
             push = self._encoded(state.latest)
             if push is not None:
                 state.ready[key] = push
-                return push
+        return push
+
+    async def get(self, wanted: Wanted, shared: bool) -> Push:
+        """The answer; with `shared` it is kept for the other nodes of the scope. Raises StoreUnavailable."""
+        if (known := self.known(wanted)) is not None:
+            return known
         if not shared:
             return await self._read(wanted)
+        state, key = self._scopes[wanted.scope], (wanted.base, wanted.confirmed)
         async with state.turn:
             if (ready := state.ready.get(key)) is not None:
                 return ready

@@ -179,8 +179,13 @@ async def _rows(
 ) -> dict[tuple[str, str], DesiredRow]:
     found: dict[tuple[str, str], DesiredRow] = {}
     for start in range(0, len(names), 500):  # engines limit the parameters of a statement
-        keys = [key for _, key in names[start : start + 500]]
-        rows = await session.scalars(sa.select(DesiredRow).where(DesiredRow.scope == scope, DesiredRow.key.in_(keys)))
+        part = names[start : start + 500]
+        kinds, keys = {kind for kind, _ in part}, [key for _, key in part]
+        # With the kinds it is a search in the primary key; without, a walk through the whole scope.
+        query = sa.select(DesiredRow).where(
+            DesiredRow.scope == scope, DesiredRow.kind.in_(kinds), DesiredRow.key.in_(keys)
+        )
+        rows = await session.scalars(query)
         found.update({(row.kind, row.key): row for row in rows})
     return {name: found[name] for name in names if name in found}
 

@@ -170,6 +170,19 @@ def test_the_sweep_finds_what_was_missed() -> None:
     assert session.wanted() == Wanted(SCOPE, 5)
 
 
+def test_a_change_that_the_sweep_saw_before_its_commit_told_is_timed_once() -> None:
+    session = synchronised()
+    assert session.compare(SCOPE, 6, 10)
+    session.wanted()
+    assert session.pushing(SCOPE, 6, DIGEST)
+    session.poke(SCOPE, 11)
+    session.wanted()
+    assert not session.pushing(SCOPE, 6, DIGEST)
+    done = session.applied(applied(6), 12)
+    assert done is not None
+    assert done.seconds == (2,)
+
+
 def test_what_could_not_be_read_stays_wanted() -> None:
     session = greeted(at=5)
     session.wanted()

@@ -128,6 +128,39 @@ async def test_a_change_arrives_as_a_delta_and_is_waited_for(port: NodePort, dat
     await agent.close()
 
 
+async def test_a_change_that_its_commit_told_needs_neither_the_writer_nor_the_database(
+    port: NodePort, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, scope = await connected(port)
+
+    async def unexpected(_self: object, _wanted: Wanted) -> bool:
+        raise AssertionError("the writer was woken")
+
+    monkeypatch.setattr(connection_module.Connection, "_push", unexpected)
+    for number in (1, 2, 60):
+        revision = await put(database, scope, *peers(number))
+        assert await port.hub.wait_applied(agent.node_id, scope, revision, 5)
+    await converged(database, agent, scope)
+    await agent.close()
+
+
+async def test_what_is_too_large_to_write_at_once_is_the_writers(port: NodePort, database: Database) -> None:
+    agent, scope = await connected(port)
+    revisions = [await put(database, scope, *peers(count, number)) for number, count in enumerate((1, 1500, 2))]
+    assert await port.hub.wait_applied(agent.node_id, scope, revisions[-1], 30)
+    await converged(database, agent, scope)
+    bases = [delta.base for delta in agent.received(Delta)]
+    assert bases == sorted(bases)
+    await agent.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "head"), [(0, "8200"), (125, "827d"), (126, "827e007e"), (256, "827e0100"), (65535, "827effff")]
+)
+def test_a_message_is_framed_as_a_server_does(size: int, head: str) -> None:
+    assert connection_module._message(b"m" * size) == bytes.fromhex(head) + b"m" * size
+
+
 async def test_waiting_ends_when_the_node_does_not_answer(port: NodePort, database: Database) -> None:
     agent, scope = await connected(port)
     agent.silent = True

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import msgspec
 import pytest
@@ -81,6 +82,25 @@ async def test_ten_thousand_peers_in_one_change(database: Database) -> None:
         state = await desired_service.state(connection, database.secrets, SCOPE)
     assert len(state.resources) == 10_000
     assert state.digest == desired.digest(peers)
+
+
+async def test_a_change_is_looked_up_by_the_whole_key(database: Database) -> None:
+    """With a part of it SQLite walks through the whole scope, for every single peer that comes or goes."""
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    def ask(*call: Any) -> None:
+        asked.append((call[2], call[3]))
+
+    sa.event.listen(database.engine.sync_engine, "before_cursor_execute", ask)
+    async with database.transaction() as tx:
+        await desired_service.put(tx, SCOPE, [peer(1)])
+        await desired_service.remove(tx, SCOPE, Kind.WIREGUARD_PEER, [peer(1).key])
+    queries = [(text, values) for text, values in asked if "FROM desired" in text]
+    assert len(queries) == 2
+    async with database.connect() as connection:
+        for text, values in queries:
+            (step,) = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", values)
+            assert step.detail.endswith("(scope=? AND kind=? AND key=?)")
 
 
 steps = st.lists(
