@@ -37,7 +37,6 @@ from controller.contracts import irssh, skynet
 from controller.contracts.kit import AccessLog, Api, HttpSettings
 from controller.errors import Unusable
 from controller.events.service import Events
-from controller.events.service import Events
 from controller.fleet import ca
 from controller.fleet.ca import Authority
 from controller.fleet.directory import Directory
@@ -60,10 +59,7 @@ from controller.tunnels.metrics import Metrics as TunnelMetrics
 from controller.tunnels.peers import Peers
 from controller.tunnels.service import Tunnels, TunnelSettings
 from controller.usage.enforcement import Enforcement
-from controller.usage.granting import Granting
-from controller.usage.limits import Limits
-from controller.usage.sessions import Sessions
-from controller.usage.enforcement import Enforcement
+from controller.usage.granting import Granting, rebalance
 from controller.usage.limits import Limits
 from controller.usage.sessions import Sessions
 from shared import __version__
@@ -92,7 +88,6 @@ class Services:
     accounts: Accounts
     administration: Administration
     access: Access
-    limits: Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +101,7 @@ class Controller:
     live: LiveStates
     sessions: Sessions
     enforcement: Enforcement
+    granting: Granting
     tunnels: Tunnels
     hub: Hub
     tls: ChannelTls
@@ -145,8 +141,7 @@ async def services(config: Config) -> AsyncIterator[Services]:
         accounts = Accounts(database, passwords, session_life=timedelta(hours=config.login_hours), changes=changes)
         administration = Administration(database, changes, [end_account, access.end_account])
         fleet = Fleet(database, authority.pin, settings)
-        limits = Limits(access.refresh)
-        yield Services(database, authority, settings, fleet, passwords, accounts, administration, access, limits)
+        yield Services(database, authority, settings, fleet, passwords, accounts, administration, access)
 
 
 async def compose(services: Services, config: Config, registry: CollectorRegistry) -> Controller:
@@ -160,10 +155,6 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         TunnelMetrics(registry, directory.name),
         max_bytes_per_second=config.tunnel.max_bytes_per_second,
     )
-    sessions = Sessions(database, live.book, end_by_ids)
-    enforcement = Enforcement(database, live.book, sessions, Events(database), services.access.refresh)
-    for follower in (sessions.on_written, enforcement.on_written):
-        live.on_written(follower)
     identities = Identities(database, services.authority, services.fleet_settings, fleet_metrics)
     hub = Hub(
         database,
@@ -177,15 +168,14 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
     )
     live.on_stored(hub.acknowledge)
     sessions = Sessions(database, live.book, end_by_ids)
-    events = Events(database)
     granting = Granting(database, hub.wait_applied, live.wait_reported)
 
     async def refresh(tx: Transaction, user_id: str) -> None:
-        await granting.rebalance(tx, user_id)
+        await rebalance(tx, user_id)
         await services.access.refresh(tx, user_id)
 
     limits = Limits(refresh)
-    enforcement = Enforcement(database, live.book, sessions, events, refresh)
+    enforcement = Enforcement(database, live.book, sessions, Events(database), refresh)
     for follower in (sessions.on_written, enforcement.on_written, granting.on_written):
         live.on_written(follower)
     tunnels = Tunnels(
@@ -204,7 +194,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         server_of=protocols.server_of,
         wait_applied=hub.wait_applied,
     )
-    members = Members(database, services.accounts, services.administration, services.access, services.limits, sessions)
+    members = Members(database, services.accounts, services.administration, services.access, limits, sessions)
     api = Api(
         [
             skynet.contract(services.accounts, directory, tunnels),
@@ -224,6 +214,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         live,
         sessions,
         enforcement,
+        granting,
         tunnels,
         hub,
         ChannelTls(services.authority),
@@ -246,7 +237,6 @@ async def serve(config: Config) -> None:
         await controller.protocols.apply_settings()
         await controller.directory.refresh()
         await controller.live.load()
-        await controller.sessions.load()
         await controller.sessions.load()
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(work) for work in _background(controller)]
@@ -274,7 +264,6 @@ def _background(controller: Controller) -> list[asyncio._CoroutineLike[None]]:
         controller.live.run(),
         controller.enforcement.run(),
         controller.granting.run(),
-        controller.enforcement.run(),
         controller.tunnels.run(),
         controller.tls.run(),
         _purge_sessions(controller.services.accounts),

@@ -16,7 +16,7 @@ from controller.accounts import rows as accounts
 from controller.desired import service as desired
 from controller.fleet import census
 from controller.store.bulk import batched
-from controller.store.database import Database, StoreUnavailable, Transaction
+from controller.store.database import Committed, Database, StoreUnavailable, Topic, Transaction
 from controller.usage import leases
 from controller.usage.leases import Held
 from controller.usage.records import Written
@@ -61,6 +61,7 @@ class Granting:
         self._used_at: dict[tuple[str, str], float] = {}
         self._confirming: set[str] = set()
         self._wake = asyncio.Event()
+        database.listen(self._committed)
 
     def on_written(self, written: Written) -> None:
         if written.leases:
@@ -113,24 +114,6 @@ class Granting:
             self._due |= due
             raise
 
-    async def rebalance(self, tx: Transaction, user_id: str) -> None:
-        """The quota changed or began anew. One that is gone leaves no leases."""
-        rows = await _rows(tx, user_id)
-        limits = await tx.session.get(LimitsRow, user_id)
-        if not rows:
-            return
-        if limits is None or limits.quota_bytes is None:
-            number = (await accounts.row(tx.session, user_id)).number
-            for node_id, row in sorted(rows.items()):
-                await desired.remove(tx, desired.node_scope(node_id), Kind.LEASE, [str(number)])
-                await tx.session.delete(row)
-            await tx.session.flush()
-            return
-        held = {node_id: _held(row) for node_id, row in rows.items()}
-        nodes = await census.enrolled(tx.session)
-        wanted = leases.shared(limits.quota_bytes, limits.used_bytes, held, nodes, self._most)
-        await self._allow(tx, user_id, rows, wanted)
-
     async def take_back(self) -> None:
         """Leave nodes that do not use their lease as little as if they never had one; help those that have nothing."""
         moment, after = self._clock(), ("", "")
@@ -161,7 +144,7 @@ class Granting:
         held = {name: _held(row) for name, row in rows.items()}
         allowance = leases.renewed(quota, used, held, node_id, self._most)
         if allowance > held[node_id].allowance:
-            await self._allow(tx, user_id, rows, {node_id: allowance})
+            await _allow(tx, user_id, rows, {node_id: allowance})
         elif held[node_id].left == 0 and used < quota:
             # Others hold the rest: those that have not used theirs for a while give it up.
             recent = self._clock() - _ROUND
@@ -170,7 +153,7 @@ class Granting:
                 for name, lease in held.items()
                 if name != node_id and lease.left and self._used_at.get((name, user_id), 0.0) < recent
             }
-            await self._allow(tx, user_id, rows, wanted)
+            await _allow(tx, user_id, rows, wanted)
 
     async def _help(self, tx: Transaction, node_id: str, user_id: str, nodes: int) -> None:
         limits = await tx.session.get(LimitsRow, user_id, with_for_update=True)
@@ -178,30 +161,18 @@ class Granting:
         if limits is not None and limits.quota_bytes is not None and node_id in rows:
             held = {name: _held(row) for name, row in rows.items()}
             allowance = leases.helped(limits.quota_bytes, limits.used_bytes, held, node_id, nodes, self._most)
-            await self._allow(tx, user_id, rows, {node_id: allowance})
+            await _allow(tx, user_id, rows, {node_id: allowance})
 
     async def _lower(self, wanted: Mapping[str, int], user_id: str) -> None:
         async with self._database.transaction() as tx:
             await tx.session.get(LimitsRow, user_id, with_for_update=True)
             rows = await _rows(tx, user_id)
             current = {name: allowance for name, allowance in wanted.items() if name in rows}
-            await self._allow(tx, user_id, rows, current)
+            await _allow(tx, user_id, rows, current)
 
-    async def _allow(
-        self, tx: Transaction, user_id: str, rows: Mapping[str, LeaseRow], wanted: Mapping[str, int]
-    ) -> None:
-        if not wanted:
-            return
-        number = (await accounts.row(tx.session, user_id)).number
-        for node_id, allowance in sorted(wanted.items()):
-            row = rows[node_id]
-            if allowance == row.allowance:
-                continue
-            row.allowance, row.reserved = allowance, max(row.reserved, allowance)
-            lease = Lease(account=number, allowance=allowance, ledger=row.ledger)
-            await desired.put(tx, desired.node_scope(node_id), [lease])
-        await tx.session.flush()
-        self._wake.set()
+    def _committed(self, committed: Committed) -> None:
+        if Topic.LIMITS in committed.topics:
+            self._wake.set()  # leases may have been lowered
 
     async def _lowered(self) -> Sequence[str]:
         """Nodes that may still go by more than they were told last."""
@@ -270,6 +241,36 @@ _ALL = (
 _LOWERED = sa.select(LeaseRow.user_id, LeaseRow.allowance).where(
     LeaseRow.node_id == sa.bindparam("of_node"), LeaseRow.reserved > LeaseRow.allowance
 )
+
+
+async def rebalance(tx: Transaction, user_id: str, most: int = leases.MOST) -> None:
+    """The quota changed or began anew. One that is gone leaves no leases."""
+    rows = await _rows(tx, user_id)
+    if not rows:
+        return
+    limits = await tx.session.get(LimitsRow, user_id)
+    if limits is None or limits.quota_bytes is None:
+        number = (await accounts.row(tx.session, user_id)).number
+        for node_id, row in sorted(rows.items()):
+            await desired.remove(tx, desired.node_scope(node_id), Kind.LEASE, [str(number)])
+            await tx.session.delete(row)
+        await tx.session.flush()
+        return
+    held = {node_id: _held(row) for node_id, row in rows.items()}
+    nodes = await census.enrolled(tx.session)
+    await _allow(tx, user_id, rows, leases.shared(limits.quota_bytes, limits.used_bytes, held, nodes, most))
+
+
+async def _allow(tx: Transaction, user_id: str, rows: Mapping[str, LeaseRow], wanted: Mapping[str, int]) -> None:
+    number = (await accounts.row(tx.session, user_id)).number
+    for node_id, allowance in sorted(wanted.items()):
+        row = rows[node_id]
+        if allowance == row.allowance:
+            continue
+        row.allowance, row.reserved = allowance, max(row.reserved, allowance)
+        lease = Lease(account=number, allowance=allowance, ledger=row.ledger)
+        await desired.put(tx, desired.node_scope(node_id), [lease])
+    await tx.session.flush()
 
 
 def _held(row: LeaseRow) -> Held:

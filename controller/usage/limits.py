@@ -88,7 +88,7 @@ class Limits:
     """`refresh` is called in the same transaction when what the nodes have to know may have changed."""
 
     def __init__(self, refresh: Refresh, *, clock: Callable[[], datetime] = utc_now) -> None:
-        self._refresh = refresh
+        self.refresh = refresh
         self._clock = clock
 
     async def change(self, tx: Transaction, user_id: str, **changes: Any) -> AccountLimits:
@@ -110,7 +110,7 @@ class Limits:
             setattr(row, name, value)
         row.told = _still_told(row.told, checked)
         await tx.session.flush()
-        await self._refresh(tx, user_id)
+        await self.refresh(tx, user_id)
         tx.touch(Topic.LIMITS)
         log.info("usage.limits_changed", user_id=user_id, fields=sorted(checked))
         return _limits_from_row(row)
