@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from controller.access.clientconfig import InvalidClientConfig, check_endpoint, check_username, comment
 
-# What nodes speak; the same list is pushed by none, so that a server cannot talk a client into less.
 CIPHERS = ("AES-256-GCM", "CHACHA20-POLY1305", "AES-128-GCM")
 _NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{1,64}={0,2}")

@@ -40,7 +40,7 @@ class SshConfig:
 
     @property
     def alias(self) -> str:
-        """What the user types: `ssh -N` and this."""
+        """What the user types after `ssh`."""
         return "skynetvpn" + re.sub(r"[^a-z0-9]+", "-", f"-{self.name.removeprefix('SkynetVPN').lower()}").rstrip("-")
 
     def to_conf(self) -> str:
@@ -50,14 +50,16 @@ class SshConfig:
             f"# Password: {self.password}",
             "# The server's keys, for ~/.ssh/known_hosts:",
             *(f"#   {place} {key}" for key in self.host_keys),
-            f"# With the lines below in ~/.ssh/config, connect by: ssh -N {self.alias}",
+            f"# With the lines below in ~/.ssh/config, connect by: ssh {self.alias}",
             f"Host {self.alias}",
             f"    HostName {self.host}",
             f"    Port {self.port}",
             f"    User {self.username}",
             "    StrictHostKeyChecking yes",
             "    PubkeyAuthentication no",
-            "    PreferredAuthentications password,keyboard-interactive",
+            "    PreferredAuthentications password",
+            "    IgnoreUnknown SessionType",  # before OpenSSH 8.7, which has to be told by -N
+            "    SessionType none",
             "    RequestTTY no",
             "    ForwardAgent no",
             "    ForwardX11 no",

@@ -88,6 +88,18 @@ async def test_whole_answers_are_as_described(alice: Api, api: Api, world: World
     check(document, "get", "/api/servers", 401, (await alice.get("/api/servers")).body)
 
 
+async def test_configs_of_every_protocol_are_as_described(alice: Api, api: Api, world: World) -> None:
+    document, node = await described(api), await world.add_node("all-1", protocols="wireguard openvpn ssh l2tp")
+    for protocol in ("openvpn", "ssh", "l2tp"):
+        started = await alice.post("/api/connections", {"server_id": node, "protocol": protocol})
+        check(document, "post", "/api/connections", 201, started.body)
+        answer = await alice.get(f"/api/connections/{started.body['connection_id']}/config?format=json")
+        check(document, "get", "/api/connections/{id}/config", 200, answer.body)
+        with pytest.raises(jsonschema.ValidationError):
+            check(document, "get", "/api/connections/{id}/config", 200, answer.body | {"more": 1})
+    check(document, "get", "/api/connections", 200, (await alice.get("/api/connections")).body)
+
+
 async def test_examples_of_requests_are_what_is_accepted(world: World) -> None:
     for route in world.skynet.routes:
         if route.body is not None:
