@@ -41,7 +41,7 @@ class Intervals:
 
     sweep: float = 5.0
     check: float = 30.0
-    flush: float = 1.0
+    flush: float = 0.5  # an operator sees within a second what a node says
     purge: float = 600.0
 
 
@@ -167,7 +167,7 @@ class Hub:
             tasks.create_task(self._rounds(self._sweep, every.sweep, self._sweep_now))
             tasks.create_task(self._rounds(self._check, every.check, self._check_now))
             tasks.create_task(self._rounds(self._seen, every.check))
-            tasks.create_task(self._rounds(self._progress.flush, every.flush, self._progress.urgent))
+            tasks.create_task(self._rounds(self._progress.flush, every.flush))
             tasks.create_task(self._rounds(self._purge, every.purge))
 
     async def close(self) -> None:

@@ -134,6 +134,8 @@ class Intake:
         if self._problems.get(scope) == problem:
             return
         self._problems[scope] = problem
+        if not self._pace.allows(self._node.node_id, Act.COMPLAINT):
+            return
         if problem is not None:
             log.warning("channel.not_applied", node=self._node.name, scope=scope, problem=problem)
         else:
@@ -168,7 +170,7 @@ class Intake:
 
     def _drift(self, frame: Drift) -> None:
         self._metrics.drift.labels(self._node.name).inc()
-        if not self._pace.allows(self._node.node_id, Act.DRIFT):
+        if not self._pace.allows(self._node.node_id, Act.COMPLAINT):
             return
         log.warning(
             "channel.drift",

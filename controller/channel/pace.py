@@ -14,7 +14,7 @@ from controller.ratelimit import Limit, WindowStorage
 CONNECTS_PER_MINUTE = 60
 RENEWALS_PER_MINUTE = 10
 REFUSALS_PER_MINUTE = 10
-DRIFTS_PER_MINUTE = 10  # in the log
+COMPLAINTS_PER_MINUTE = 10  # lines in the log
 _WINDOW = 60  # seconds
 
 log = structlog.get_logger()
@@ -24,14 +24,14 @@ class Act(StrEnum):
     CONNECT = "connects"
     RENEWAL = "renewals"
     REFUSAL = "refusals"
-    DRIFT = "reports of drift"
+    COMPLAINT = "complaints"
 
 
 _ALLOWED = {
     Act.CONNECT: CONNECTS_PER_MINUTE,
     Act.RENEWAL: RENEWALS_PER_MINUTE,
     Act.REFUSAL: REFUSALS_PER_MINUTE,
-    Act.DRIFT: DRIFTS_PER_MINUTE,
+    Act.COMPLAINT: COMPLAINTS_PER_MINUTE,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -42,8 +41,6 @@ class Progress:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._pending: dict[tuple[str, str], dict[str, Any]] = {}
-        self._servers: dict[tuple[str, str], Mapping[Protocol, str]] = {}  # as they were said last
-        self.urgent = asyncio.Event()  # something waits that somebody looks at
 
     def applied(
         self,
@@ -56,9 +53,6 @@ class Progress:
     ) -> None:
         """`servers` says what ails which protocol, in the node's words."""
         words = {protocol: printable(message)[:_MAX_PROBLEM] for protocol, message in servers.items()}
-        if self._servers.get((node_id, scope), {}) != words:
-            self._servers[node_id, scope] = words
-            self.urgent.set()
         self._pending[node_id, scope] = {
             "revision": revision,
             "digest": digest,
@@ -134,6 +128,9 @@ class Progress:
                 reached = {row.node_id: row.revision for row in rows if row.node_id in wanted}
                 if len(reached) == len(wanted):
                     floors[scope] = min(reached.values())
+            # A protocol that no node offers: whoever offers it later begins with a snapshot.
+            vacant = [scope for scope in scopes - members.keys() if not scope.startswith(desired.node_scope(""))]
+            floors |= await desired.revisions(await session.connection(), vacant)
         purged = 0
         for scope, floor in sorted(floors.items()):
             async with self._database.transaction() as tx:
