@@ -84,6 +84,12 @@ async def put(tx: Transaction, rows: Iterable[CredentialRow], standing: Standing
     }
 
 
+async def bring(tx: Transaction, rows: Sequence[CredentialRow], standing: Standing) -> None:
+    """Let the nodes have those that the account may use now, and no others."""
+    await put(tx, [row for row in rows if standing.admits(row.protocol)], standing)
+    await withdraw(tx, [row for row in rows if not standing.admits(row.protocol)])
+
+
 async def withdraw(tx: Transaction, rows: Iterable[CredentialRow]) -> dict[str, int]:
     """Take them off the nodes; the rows stay. Return the revision of each scope."""
     return {

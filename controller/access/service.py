@@ -68,16 +68,13 @@ class Access:
         if problems:
             raise InvalidInput(problems)
         await credentials.delete(tx, [row for protocol, row in former.items() if protocol not in wanted])
-        kept: list[CredentialRow] = []
         for protocol in sorted(wanted):
             secret = secrets.of(protocol) if secrets is not None else known[protocol]
-            row = former.get(protocol)
-            if row is None:
-                row = credentials.new(tx, user_id, Login(protocol=protocol, username=user.username, secret=secret))
+            if protocol not in former:
+                credentials.new(tx, user_id, Login(protocol=protocol, username=user.username, secret=secret))
             elif secrets is not None:
-                credentials.set_secret(tx, row, secret)
-            kept.append(row)
-        await _bring(tx, kept, await standing_of(tx.session, user))
+                credentials.set_secret(tx, former[protocol], secret)
+        await self.refresh(tx, user_id)
         log.info("access.granted", user_id=user_id, protocols=sorted(wanted))
 
     async def change_password(self, tx: Transaction, user_id: str, prepared: Secrets) -> None:
@@ -87,7 +84,7 @@ class Access:
             _refuse("password", prepared.problem(protocol))
             credentials.set_secret(tx, own[protocol], prepared.of(protocol))
         if own:
-            await _bring(tx, own.values(), await standing_of(tx.session, await _user(tx, user_id)))
+            await credentials.bring(tx, list(own.values()), await standing_of(tx.session, await _user(tx, user_id)))
 
     async def protocols_of(self, session: AsyncSession, user_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """The protocols that each account has a login of its own for."""
@@ -102,11 +99,12 @@ class Access:
         return found
 
     async def refresh(self, tx: Transaction, user_id: str) -> None:
-        """Bring the nodes to the account's limits of now. One that is blocked loses its logins and peers there, and
-        gets the same ones back when this is called after the block has ended."""
+        """Bring the nodes to what the account may do now. Where it is blocked, or may no longer use a protocol, its
+        logins and peers go, those of its connections too; called when that has ended, this brings the same ones back.
+        """
         user = await _user(tx, user_id)
         standing = await standing_of(tx.session, user)
-        await _bring(tx, await credentials.of_account(tx.session, user_id), standing)
+        await credentials.bring(tx, await credentials.of_account(tx.session, user_id), standing)
         await self._refresh_peers(tx, user_id, standing)
 
     async def end_account(self, tx: Transaction, user_id: str, reason: str) -> None:
@@ -114,13 +112,6 @@ class Access:
         rows = await credentials.of_account(tx.session, user_id)
         await credentials.withdraw(tx, rows)
         log.info("access.ended", user_id=user_id, reason=reason, logins=len(rows))
-
-
-async def _bring(tx: Transaction, rows: Collection[CredentialRow], standing: Standing) -> None:
-    if standing.blocked is None:
-        await credentials.put(tx, rows, standing)
-    else:
-        await credentials.withdraw(tx, rows)
 
 
 async def _user(tx: Transaction, user_id: str) -> User:

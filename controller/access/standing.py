@@ -17,8 +17,12 @@ from shared.access import Limits
 class Standing:
     number: int
     blocked: str | None  # why no node may let it in: "inactive", "expired" or "quota"
+    protocols: tuple[str, ...] | None  # that it may use; None = all
     limits: Limits
     not_after: int | None  # Unix seconds
+
+    def admits(self, protocol: str) -> bool:
+        return self.blocked is None and (self.protocols is None or protocol in self.protocols)
 
 
 async def standing_of(session: AsyncSession, user: User) -> Standing:
@@ -26,6 +30,7 @@ async def standing_of(session: AsyncSession, user: User) -> Standing:
     return Standing(
         number=user.number,
         blocked="inactive" if not user.active else found.blocked(now()),
+        protocols=user.protocols,
         limits=found.wire(await census.enrolled(session)),
         not_after=int(found.expires_at.timestamp()) if found.expires_at is not None else None,
     )

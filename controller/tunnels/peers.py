@@ -30,7 +30,7 @@ class Peers:
         return await desired.put(tx, desired.node_scope(row.node_id), [self._peer(tx, row, slot, standing)])
 
     async def refresh(self, tx: Transaction, user_id: str, standing: Standing) -> None:
-        """Bring the account's peers to what it may do now. Those of a blocked one go, and keep their addresses."""
+        """Bring the account's peers to what it may do now. Where it may not, they go, and keep their addresses."""
         rows = await tx.session.execute(
             sa.select(ConnectionRow, AllocationRow.slot)
             .join(AllocationRow, AllocationRow.connection_id == ConnectionRow.id)
@@ -47,7 +47,7 @@ class Peers:
             nodes[row.node_id].append((row, slot))
         for node_id, found in sorted(nodes.items()):  # one order for all writers: no deadlock on the scopes' rows
             scope = desired.node_scope(node_id)
-            if standing.blocked is None:
+            if standing.admits(Protocol.WIREGUARD):
                 await desired.put(tx, scope, [self._peer(tx, row, slot, standing) for row, slot in found])
             else:
                 keys = [encode_key(row.public_key) for row, _ in found]

@@ -71,6 +71,23 @@ async def test_new_limits_reach_the_peers_of_every_node(world: Any) -> None:
         assert (peer.account, peer.not_after) == (world.alice.number, int(ends.timestamp()))
 
 
+async def test_a_protocol_that_is_taken_away_and_given_back(world: Any) -> None:
+    tunnels = world.tunnels()
+    for protocol in ("wireguard", "openvpn", "ssh", "l2tp"):
+        await tunnels.create(world.alice, "skynet", world.nodes[-1], protocol)
+    before = await world.wanted(-1)
+    access = Access(world.passwords, Peers(SETTINGS.pool).refresh)
+    for allowed in ("ssh", "wireguard l2tp", "", None):
+        async with world.database.transaction() as tx:
+            chosen = sa.update(UserRow).where(UserRow.id == world.alice.user_id)
+            await tx.session.execute(chosen.values(protocols=allowed))
+            await access.grant(tx, world.alice.user_id, [], None)
+        wanted = await world.wanted(-1)
+        assert all(item in before for item in wanted)
+        names = {getattr(item, "protocol", "wireguard") for item in wanted}
+        assert names == ({"wireguard", "openvpn", "ssh", "l2tp"} if allowed is None else set(allowed.split()))
+
+
 async def test_an_inactive_account_has_no_peers(world: Any) -> None:
     await world.tunnels().create(world.alice, "skynet", world.nodes[0], "wireguard")
     async with world.database.transaction() as tx:
