@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from controller.access.owners import owners
 from controller.accounts import rows as accounts
-from controller.store.bulk import batched
+from controller.store.bulk import Bulk, batched
 from controller.store.database import Committed, Database, StoreUnavailable, Topic
 from controller.store.types import new_id
 from controller.store.types import now as utc_now
@@ -80,7 +80,6 @@ class LiveStates:
         self._waiters: dict[str, list[tuple[int, asyncio.Future[None]]]] = {}  # by node
         self._hurry = asyncio.Event()
         self._flushing = asyncio.Lock()
-        self._marked: set[str] = set()  # nodes whose mark has a row
         self._ends_moved = False
         self._ends_seen = clock()
         self._failing = False
@@ -119,7 +118,6 @@ class LiveStates:
                 self._ledger.add(_entry(row))
             for row in await connection.execute(sa.select(ReportMarkRow.__table__)):
                 self._ledger.marks[row.node_id] = Mark(row.boot_id, row.sequence, row.former_boot_ids.split())
-                self._marked.add(row.node_id)
 
     async def run(self) -> None:
         """Write what changed every few seconds, and at the end."""
@@ -329,16 +327,13 @@ class LiveStates:
             return
         changes = Changes(batch)
         rows = [_row(entry) for _, entry in sorted(changed.items())]
-        marks = {node_id: _mark(node_id, self._ledger.marks[node_id]) for node_id in sorted(reporting)}
+        marks = [_mark(node_id, self._ledger.marks[node_id]) for node_id in sorted(reporting)]
         try:
             async with self._database.transaction() as tx:
                 connection = await tx.session.connection()
                 if rows:
                     await connection.execute(_UPDATE, rows)
-                if known := [mark for node_id, mark in marks.items() if node_id in self._marked]:
-                    await connection.execute(_UPDATE_MARK, known)
-                if new := [mark for node_id, mark in marks.items() if node_id not in self._marked]:
-                    await connection.execute(_INSERT_MARK, new)
+                await _NOTE_MARK.run(connection, marks)
                 written = await self._records.write(connection, changes)
         except BaseException:
             self.book.put_back(batch)
@@ -346,12 +341,11 @@ class LiveStates:
             self._ledger.reporting |= reporting
             raise
         self.book.written(batch)
-        self._marked |= marks.keys()
-        for node_id, mark in marks.items():
+        for node_id, _, sequence, _ in marks:
             for listener in self._listeners:
-                listener(node_id, mark["new_sequence"])
+                listener(node_id, sequence)
             for before, stored in self._waiters.get(node_id, ()):
-                if mark["new_sequence"] > before and not stored.done():
+                if sequence > before and not stored.done():
                     stored.set_result(None)
         for follower in self._followers:
             follower(written)
@@ -374,7 +368,8 @@ class LiveStates:
         for row in ended:
             if row.id not in self._ledger.changed:
                 self._ledger.drop(row.id)
-                self.book.end_connection(row.id, int(row.ended_at.timestamp()), row.end_reason or "")
+                if self.book.end_connection(row.id, int(row.ended_at.timestamp()), row.end_reason or ""):
+                    self._hurry.set()
             else:
                 self._ends_moved = True
 
@@ -394,15 +389,17 @@ _UPDATE = (
     .where(ConnectionRow.id == sa.bindparam("connection_id"))
     .values({name: sa.bindparam(f"new_{name}") for name in _COUNTS})
 )
-_MARK = ("boot_id", "sequence", "former_boot_ids")
-_UPDATE_MARK = (
-    sa.update(ReportMarkRow.__table__)  # type: ignore[arg-type]
-    .where(ReportMarkRow.node_id == sa.bindparam("of_node"))
-    .values({name: sa.bindparam(f"new_{name}") for name in _MARK})
-)
-_INSERT_MARK = sa.insert(ReportMarkRow.__table__).values(  # type: ignore[arg-type]
-    {"node_id": sa.bindparam("of_node")} | {name: sa.bindparam(f"new_{name}") for name in _MARK}
-)
+
+
+def _note_mark(insert: Any) -> Any:
+    statement = insert(ReportMarkRow.__table__).values({name: sa.bindparam(name) for name in _MARK})
+    return statement.on_conflict_do_update(
+        index_elements=["node_id"], set_={name: statement.excluded[name] for name in _MARK[1:]}
+    )
+
+
+_MARK = ("node_id", "boot_id", "sequence", "former_boot_ids")
+_NOTE_MARK = Bulk(_note_mark, _MARK)
 
 
 async def _connections(connection: AsyncConnection, node_id: str, ids: Collection[str]) -> dict[str, str]:
@@ -446,10 +443,5 @@ def _row(entry: Entry) -> dict[str, object]:
     }
 
 
-def _mark(node_id: str, mark: Mark) -> dict[str, Any]:
-    return {
-        "of_node": node_id,
-        "new_boot_id": mark.boot_id,
-        "new_sequence": mark.sequence,
-        "new_former_boot_ids": " ".join(mark.former_boot_ids),
-    }
+def _mark(node_id: str, mark: Mark) -> tuple[str, str, int, str]:
+    return node_id, mark.boot_id, mark.sequence, " ".join(mark.former_boot_ids)

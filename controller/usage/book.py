@@ -263,11 +263,12 @@ class Book:
         for entry in silent:
             self.end(entry, int(entry.heard), "silent")
 
-    def end_connection(self, connection_id: str, moment: int, reason: str) -> None:
+    def end_connection(self, connection_id: str, moment: int, reason: str) -> bool:
         """The WireGuard connection ended; of other protocols the node says when their sessions end."""
-        for entry in list(self.of_connection(connection_id)):
-            if not entry.exact:
-                self.end(entry, moment, reason)
+        ended = [entry for entry in self.of_connection(connection_id) if not entry.exact]
+        for entry in ended:
+            self.end(entry, moment, reason)
+        return bool(ended)
 
     def end(self, entry: Entry, moment: int, reason: str) -> None:
         entry.ended, entry.reason = max(moment, entry.since), reason

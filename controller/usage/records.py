@@ -197,7 +197,7 @@ def _row(entry: Entry) -> tuple[Any, ...]:
         entry.connection_id,
         entry.remote,
         entry.address,
-        _micros(entry.since),
+        entry.since * MICROSECONDS,
         _micros(entry.ended),
         entry.reason or None,
         entry.rx,
