@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network, ip_address
@@ -42,10 +43,11 @@ _FIXED: Final = (
 _LAST: Final = ("script-security", "0")
 _PEM = re.compile(
     r"-----BEGIN ([A-Za-z0-9 -]{1,60})-----\n"
-    r"(?:[A-Za-z0-9+/]{1,76}\n)*[A-Za-z0-9+/]{0,76}={0,2}\n"
+    r"((?:[A-Za-z0-9+/]{1,76}\n)*[A-Za-z0-9+/]{0,76}={0,2}\n)"
     r"-----END \1-----(?:\n|\Z)"
 )
 _PEM_LABELS = {"ca": "CERTIFICATE", "tls-crypt-v2": "OpenVPN tls-crypt-v2 server key"}
+_TLS_CRYPT_BYTES = 128
 _CERTIFICATE = re.compile(r"server\.[0-9a-f]{16}\.pem")
 
 
@@ -204,10 +206,19 @@ def _half(pool: Pool, transport: str, widest: int) -> Pool:
 
 def _pem(name: str, text: str) -> str:
     """The PEM blocks of a text alone: what is around them never reaches a file."""
-    found = [block for block in _PEM.finditer(text) if block[1] == _PEM_LABELS[name]]
-    if not found:
-        raise UnsafeSettings(f"{name} has no PEM block of a {_PEM_LABELS[name]}")
+    label = _PEM_LABELS[name]
+    found = [block for block in _PEM.finditer(text) if block[1] == label]
+    # OpenVPN looks at the frame of its key alone, and would serve with what it finds behind a short one.
+    if not found or (name != "ca" and any(_size(block[2]) != _TLS_CRYPT_BYTES for block in found)):
+        raise UnsafeSettings(f"{name} is not a PEM block of a {label}")
     return "".join(block[0].rstrip("\n") + "\n" for block in found)
+
+
+def _size(base64: str) -> int | None:
+    try:
+        return len(b64decode(base64))
+    except ValueError:
+        return None
 
 
 def _words(line: str) -> list[str]:

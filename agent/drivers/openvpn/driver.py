@@ -77,7 +77,7 @@ class OpenVpn:
                 problems.append((transport, error))
         await asyncio.to_thread(self._tidy, certificate.name)
         if problems:
-            raise _joined(problems)
+            raise _joined(problems, len(spec.transports))
 
     async def stop(self) -> None:
         servers = await self._running()
@@ -301,8 +301,10 @@ async def _on_disk(function: Callable[P, T], *arguments: P.args, **options: P.kw
         raise DriverError(str(error)) from error
 
 
-def _joined(problems: Sequence[tuple[str, Exception]]) -> DriverError:
+def _joined(problems: Sequence[tuple[str, Exception]], transports: int) -> DriverError:
+    """One error of them all; what is wrong with the host and not with a transport is said once."""
     words = {str(error) for _, error in problems}
-    if len(words) == 1 and isinstance(problems[0][1], DriverError):
-        return type(problems[0][1])(words.pop())
+    if len(words) == 1 and len(problems) == transports:
+        kind = type(problems[0][1])
+        return (kind if issubclass(kind, DriverError) else DriverError)(words.pop())
     return DriverError("; ".join(f"{transport}: {error}" for transport, error in problems))

@@ -160,8 +160,9 @@ def remote(host: str, port: str) -> str:
 
 
 def _host_and_port(text: str) -> tuple[str, str]:
+    """The table shows an IPv6 client without its port."""
     host, _, port = text.rpartition(":")
-    return host.rpartition("]")[0].rpartition("[")[2] if host.endswith("]") else host, port
+    return (host, port) if "." in host else (text, "0")
 
 
 def _defined(text: str) -> str:

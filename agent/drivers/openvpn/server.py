@@ -257,7 +257,8 @@ class Server:
         if client is None:
             client = self._clients[row.cid] = Client(row.cid, row.username, adopted=True)
         client.established = True
-        client.remote, client.address, client.address6 = row.remote, row.address, row.address6
+        client.remote = client.remote or row.remote  # what it was told of has the port in any case
+        client.address, client.address6 = row.address, row.address6
         client.since, client.rx, client.tx = row.since, row.rx, row.tx
 
     def _insist(self, cid: int) -> None:
