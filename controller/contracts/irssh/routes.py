@@ -263,6 +263,7 @@ def _protocols(handlers: Irssh) -> tuple[Route, ...]:
             query=models.OneServer,
             answer=models.ProtocolList,
             answer_example={"protocols": [state]},
+            refusals={404: "There is no such server"},
         ),
         Route(
             method="PUT",
