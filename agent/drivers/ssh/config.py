@@ -1,9 +1,9 @@
-"""The text of our sshd_config(5) and of the key files, and what the latter say; pure."""
+"""The text of our sshd_config(5) and of the key files, what the latter say, and what sshd's log says; pure."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from agent.drivers.base import DriverError
@@ -13,6 +13,8 @@ NOLOGIN = "/usr/sbin/nologin"
 LOGIN_GRACE = 30  # seconds until a client has to be in
 MISSED_KEEPALIVES = 3
 _KEY_OPTIONS = "restrict,port-forwarding "
+# Only what sshd says of a login that was right: nothing in such a line is the client's choice.
+_ACCEPTED = re.compile(rb"^Accepted (?:password|publickey) for (\S+) from (\S+) port (\d+) ssh2", re.MULTILINE)
 _PLAIN = re.compile(r"[A-Za-z0-9_./+@=,-]+")  # needs no quoting, and % would be a token of sshd's
 
 
@@ -55,6 +57,7 @@ def render(spec: SshServer, *, group: str, host_keys: Iterable[Path], key_direct
         "MaxAuthTries 4",
         f"LoginGraceTime {LOGIN_GRACE}",
         "MaxStartups 100:30:500",
+        "PerSourceMaxStartups 20",  # one address alone does not use them up
         # what he may do
         "MaxSessions 0",
         f"ForceCommand {NOLOGIN}",
@@ -92,6 +95,12 @@ def render_keys(keys: Iterable[str]) -> str:
 def parse_keys(text: str) -> tuple[str, ...]:
     """The keys of such a file; a line that is not ours comes whole, so that it equals no key."""
     return tuple(line.removeprefix(_KEY_OPTIONS) for line in text.split("\n") if line)
+
+
+def accepted(log: bytes) -> Iterator[tuple[str, str, int]]:
+    """User name, address and port of all clients that were let in."""
+    for name, host, port in _ACCEPTED.findall(log):
+        yield name.decode(), host.decode(), int(port)
 
 
 def _plain(path: Path) -> str:

@@ -69,7 +69,7 @@ class Ssh:
         self._notify = notify
         self._accounts = Accounts(etc)
         self._counters = Counters()
-        self._sessions = Sessions(directory / "sessions.json", boot_id, notify)
+        self._sessions = Sessions(directory / "sessions.json", self._log, boot_id, notify)
         self._listener: int | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
@@ -102,8 +102,11 @@ class Ssh:
         await self._counters.ensure(spec.port)
         if self._listener is None or await asyncio.to_thread(_text, self._running) != wanted:
             await self._run(wanted, spec.port)
+        await asyncio.to_thread(self._log_size)
         if self._watcher is None:
             await self._adopt()
+        else:
+            await self._take(await asyncio.to_thread(processes.all_sessions))
 
     async def stop(self) -> None:
         await self._stop_watching()
@@ -111,15 +114,17 @@ class Ssh:
         if listener is not None:
             await self._end_listener(listener)
         await self._accounts.remove_all()
-        await self._hold_all()
+        await self._take(await asyncio.to_thread(processes.all_sessions))
         await self._sessions.end(self._sessions.names(), "the server was stopped")
+        self._sessions.count(await self._counters.read())
         await self._counters.remove()
         for path in (self._config, self._running, self._pid_file, self._log, self._sessions.file):
             path.unlink(missing_ok=True)
 
     async def close(self) -> None:
-        await self._stop_watching()
-        await self._sessions.save()
+        if self._watcher is not None:
+            await self._stop_watching()
+            await self._sessions.save()
         self._sessions.close()
         self._counters.close()
 
@@ -133,15 +138,19 @@ class Ssh:
 
     async def remove(self, usernames: Sequence[str]) -> dict[str, str]:
         gone = await self._accounts.remove(usernames)
-        await self._throw_out(set(gone))
+        await self._throw_out(gone)
         return {}
 
     # --- sessions ---
 
     async def sessions(self) -> list[LiveSession]:
         await self._look()
-        told = self._sessions.tell(counts := await self._counters.read())
-        await self._sessions.save()
+        ended = self._sessions.ended  # before the counters are read: these have no packet that comes later
+        counts = await self._counters.read()
+        self._sessions.count(counts)
+        told = self._sessions.tell(ended)
+        if self._watcher is not None:
+            await self._sessions.save()
         await self._forget([*self._sessions.finished, *self._stale({*counts[0], *counts[1]})])
         return told
 
@@ -214,13 +223,9 @@ class Ssh:
 
     async def _adopt(self) -> None:
         await self._sessions.load()
-        await self._hold_all()
+        await self._take(await asyncio.to_thread(processes.all_sessions), admitted=True)
         await self._sessions.settle()
         self._watcher = asyncio.create_task(self._watch(), name="ssh sessions")
-
-    async def _hold_all(self) -> None:
-        found = await asyncio.to_thread(processes.all_sessions)
-        await self._take(found, admitted=True)
 
     async def _watch(self) -> None:
         failing = False
@@ -255,32 +260,28 @@ class Ssh:
             record = self._sessions.add(each, name or each.name)
             if record is None:
                 continue
-            reason = "its login is gone" if name is None else None if admitted else self._admit(name)
+            if name is None:
+                reason: str | None = "its login is gone"
+            elif await asyncio.to_thread(processes.is_of_another, each, self._config):
+                reason = "it came in by another sshd of this host"
+            else:
+                reason = None if admitted else self._admit(name)
             if reason is not None:
                 await self._sessions.end([record.id], reason)
 
-    async def _throw_out(self, names: set[str]) -> None:
-        """End what these users have: sessions, and connections that are on their way to become one.
+    async def _throw_out(self, gone: Mapping[str, int]) -> None:
+        """End all that sshd does for these users, by name and uid.
 
-        A client that asked for the name before it went from passwd may have been let in since: its sshd shows the name
-        from then on, so that a second look in which nobody is found is the proof.
+        The one who knew the password before it went may be about to be let in: his sshd has shown the name since before
+        it compared them, so that a look in which nobody is found is the proof.
         """
-        while names:
-            await self._look()
+        names, uids = set(gone), set(gone.values())
+        while names and (found := await asyncio.to_thread(processes.of_users, names, uids)):
             doomed = [id_ for id_, name in self._sessions.names().items() if name in names]
             await self._sessions.end(doomed, "its login is gone")
-            waiting = await asyncio.to_thread(self._end_waiting, names)
-            if not doomed and not waiting:
-                return
-
-    def _end_waiting(self, names: set[str]) -> int:
-        if self._listener is None:
-            return 0
-        found = [pid for pid in processes.children(self._listener) if processes.monitored(pid) in names]
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return len(found)
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     async def _stop_watching(self) -> None:
         if self._watcher is not None:

@@ -12,15 +12,17 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.drivers.base import DriverError
 from agent.drivers.ssh.passwd import UIDS
 from agent.drivers.ssh.rules import Client
 
 _PROC = Path("/proc")
 _TICKS = os.sysconf("SC_CLK_TCK")
-_MONITOR = re.compile(r"sshd(?:-session)?: (\S+) \[priv\]")
+_TITLE = re.compile(r"sshd(?:-session|-auth)?: ([a-z0-9_-]+)(?:@\S+)?(?: \[(?:priv|net)\])?")
 _PIDFD_GETFD = 438  # the same on all architectures
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -85,16 +87,26 @@ def is_listener(pid: int, config: Path) -> bool:
     return "[listener]" in title and f"-f {config} " in title
 
 
-def monitored(pid: int) -> str:
-    """The user name that a client of this child of the listener has given, whether it is in or not; "" = none yet."""
-    found = _MONITOR.match(_title(pid))
+def user_of(pid: int) -> str:
+    """The user name in the title of one of sshd's processes, from when its client has given it; "" = none yet."""
+    found = _TITLE.fullmatch(_title(pid).rstrip())
     return found[1] if found else ""
+
+
+def of_users(names: Set[str], uids: Set[int]) -> list[int]:
+    """Every process of sshd, whosever, that serves these users: sessions, and clients about to be let in."""
+    found: list[int] = []
+    for pid in _pids():
+        process = _status(pid)
+        if process.is_sshd and (process.uid in uids or user_of(pid) in names) and _is_here(pid):
+            found.append(pid)
+    return found
 
 
 def session_of(monitor: int) -> Found | None:
     """The session that this child of the listener watches over; None where its client is not in (yet)."""
     for pid in children(monitor):
-        if _user(pid)[0] in UIDS:
+        if _status(pid).uid in UIDS:
             return _found(pid, monitor)
     return None
 
@@ -103,40 +115,52 @@ def all_sessions() -> list[Found]:
     """All of this network namespace, also those whose listener has ended: looks at every process of the host."""
     found: list[Found] = []
     for pid in _pids():
-        uid, parent = _user(pid)
-        if uid in UIDS and _is_here(pid):
-            session = _found(pid, parent if parent is not None and monitored(parent) else None)
+        process = _status(pid)
+        if process.uid in UIDS and _is_here(pid):
+            session = _found(pid, process.parent if user_of(process.parent) else None)
             if session is not None:
                 found.append(session)
     return found
+
+
+def is_of_another(found: Found, config: Path) -> bool:
+    """Whether a listener that was not started with this file accepted the session; the admin's own sshd, that is."""
+    if found.monitor is None:
+        return False
+    listener = _status(found.monitor.pid).parent
+    return "[listener]" in _title(listener) and not is_listener(listener, config)
 
 
 def _found(pid: int, parent: int | None) -> Found | None:
     process = hold(pid)
     if process is None:
         return None
-    uid = _user(pid)[0]
+    uid = _status(pid).uid
     monitor = hold(parent) if parent is not None else None
     client = _client(process) or (_client(monitor) if monitor is not None else None)
-    if uid is None or client is None:
+    if uid not in UIDS or client is None:
         for each in (process, monitor):
             if each is not None:
                 each.close()
         return None
     started = (monitor or process).started
     return Found(
-        uid, monitored(parent) if parent is not None else "", client, _boot_time() + started // _TICKS, process, monitor
+        uid, user_of(parent) if parent is not None else "", client, _boot_time() + started // _TICKS, process, monitor
     )
 
 
 def _client(process: Process) -> Client | None:
     """The far end of the connection that carries the session: accepted by root, as no forwarded one was."""
-    with contextlib.suppress(OSError):
+    try:
         for path in sorted((_PROC / f"{process.pid}/fd").iterdir(), key=lambda path: int(path.name)):
             if str(path.readlink()).startswith("socket:") and path.stat().st_uid == 0:
                 client = _peer(process.descriptor, int(path.name))
                 if client is not None:
                     return client
+    except PermissionError as error:
+        raise DriverError("the agent may not look into sshd's processes: it needs CAP_SYS_PTRACE") from error
+    except OSError:
+        return None  # it has just ended
     return None
 
 
@@ -156,12 +180,18 @@ def _pids() -> list[int]:
         return [int(entry.name) for entry in entries if entry.name.isdecimal()]
 
 
-def _user(pid: int) -> tuple[int | None, int | None]:
-    """Its real uid and its parent. Not the owner of its directory, who is root for a process that changed its uid."""
+@dataclass(frozen=True, slots=True)
+class _Status:
+    uid: int = -1  # the real one; not the owner of its directory: that is root for a process that changed its uid
+    parent: int = 0
+    is_sshd: bool = False
+
+
+def _status(pid: int) -> _Status:
     fields = dict(line.split(":", 1) for line in _read(f"{pid}/status").split("\n") if ":" in line)
     if "Uid" not in fields:
-        return None, None
-    return int(fields["Uid"].split()[0]), int(fields["PPid"])
+        return _Status()
+    return _Status(int(fields["Uid"].split()[0]), int(fields["PPid"]), fields["Name"].strip().startswith("sshd"))
 
 
 def _start(pid: int) -> int | None:

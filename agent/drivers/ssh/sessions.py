@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from agent.drivers.base import DriverError, LiveSession
+from agent.drivers.ssh import config
 from agent.drivers.ssh.processes import Found
 from agent.drivers.ssh.rules import Client
 
@@ -32,7 +33,7 @@ class Record(msgspec.Struct, kw_only=True):
 
     id: str
     username: str
-    uid: int
+    uid: int  # 0 = not known
     host: str
     port: int
     since: int
@@ -62,7 +63,7 @@ class Record(msgspec.Struct, kw_only=True):
             since=self.since,
             rx=self.rx,
             tx=self.tx,
-            uid=self.uid,
+            uid=self.uid or None,
             ended=self.ended,
             reason=self.reason,
         )
@@ -70,6 +71,7 @@ class Record(msgspec.Struct, kw_only=True):
 
 class _Kept(msgspec.Struct):
     boot: str
+    logged: int  # bytes of sshd's log that tell of no other session
     records: list[Record]
 
 
@@ -84,13 +86,15 @@ class _Live:
 class Sessions:
     """Belongs to one event loop. `changed` is called after a begin or an end."""
 
-    def __init__(self, file: Path, boot_id: str, changed: Callable[[], None]) -> None:
+    def __init__(self, file: Path, log: Path, boot_id: str, changed: Callable[[], None]) -> None:
         self.file = file
+        self._log = log
         self._boot_id = boot_id
         self._changed = changed
         self._live: dict[str, _Live] = {}
         self._ended: dict[str, Record] = {}  # not told yet
         self._told: dict[str, Record] = {}  # told, but the caller may be killed before he has stored it
+        self._logged = 0
         self._saving = asyncio.Lock()
         self.dirty = False
 
@@ -117,12 +121,22 @@ class Sessions:
         kept = await asyncio.to_thread(self._read)
         if kept is not None and kept.boot == self._boot_id:
             self._ended = {record.id: record for record in kept.records}
+            self._logged = kept.logged
+        else:
+            self._logged = await asyncio.to_thread(self._log_size)
 
     async def settle(self) -> None:
-        """What is not alive of the known ones has ended while nobody looked."""
+        """What is not alive has ended while nobody looked: of the sessions that were known, and of those in the log."""
+        now, reason = int(time.time()), "ended while the agent did not run"
         for record in self._ended.values():
             if not record.ended:
-                record.ended, record.reason = int(time.time()), "ended while the agent did not run"
+                record.ended, record.reason = now, reason
+        known = self.clients
+        for name, host, port in config.accepted(await asyncio.to_thread(self._unread_log)):
+            if Client(host, port) not in known:
+                id_ = self._hash(f"missed {self._logged} {host} {port}")
+                missed = Record(id=id_, username=name, uid=0, host=host, port=port, since=now, ended=now, reason=reason)
+                self._ended[id_] = missed
         self.dirty = True
 
     def add(self, found: Found, username: str) -> Record | None:
@@ -144,17 +158,24 @@ class Sessions:
         self._changed()
         return record
 
-    def tell(self, counts: Counts) -> list[LiveSession]:
-        """All that live, and once each those that have ended; `counts` was read after the call before this one."""
-        ended, self._ended = self._ended, {}
-        records = [*(live.record for live in self._live.values()), *ended.values()]
-        for record in records:
+    @property
+    def ended(self) -> set[str]:
+        """The ids of those that nobody has been told of."""
+        return set(self._ended)
+
+    def count(self, counts: Counts) -> None:
+        """Bring all records up to date."""
+        for record in [*(live.record for live in self._live.values()), *self._ended.values()]:
             if not record.counted:
                 record.count(counts)
-            record.counted = bool(record.ended)
-        self._told = ended
-        self.dirty = self.dirty or bool(ended)
-        return [record.told() for record in records]
+
+    def tell(self, ended: Set[str]) -> list[LiveSession]:
+        """All that live, and once each of these that have ended: those of which nothing is to be counted any more."""
+        self._told = {id_: self._ended.pop(id_) for id_ in ended if id_ in self._ended}
+        for record in self._told.values():
+            record.counted = True
+        self.dirty = self.dirty or bool(self._told)
+        return [record.told() for record in (*(live.record for live in self._live.values()), *self._told.values())]
 
     async def end(self, ids: Iterable[str], reason: str) -> None:
         """Kill these sessions; after the return their processes are gone."""
@@ -175,7 +196,8 @@ class Sessions:
         async with self._saving:
             if self.dirty:
                 self.dirty = False
-                data = msgspec.json.encode(_Kept(self._boot_id, self._records()))
+                logged = await asyncio.to_thread(self._log_size)  # before: a begin in between is told twice, not never
+                data = msgspec.json.encode(_Kept(self._boot_id, logged, self._records()))
                 await asyncio.to_thread(self._write, data)
 
     def close(self) -> None:
@@ -200,8 +222,10 @@ class Sessions:
         self._changed()
 
     def _id(self, found: Found) -> str:
-        text = f"ssh {self._boot_id} {found.process.pid} {found.process.started}"
-        return blake2b(text.encode(), digest_size=_ID_BYTES).hexdigest()
+        return self._hash(f"{found.process.pid} {found.process.started}")
+
+    def _hash(self, text: str) -> str:
+        return blake2b(f"ssh {self._boot_id} {text}".encode(), digest_size=_ID_BYTES).hexdigest()
 
     def _read(self) -> _Kept | None:
         try:
@@ -215,6 +239,18 @@ class Sessions:
         temporary.write_bytes(data)
         temporary.chmod(0o600)
         temporary.replace(self.file)
+
+    def _log_size(self) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return self._log.stat().st_size
+        return 0
+
+    def _unread_log(self) -> bytes:
+        """What sshd has said since the last writing; from its beginning where it was emptied since then."""
+        with contextlib.suppress(FileNotFoundError):
+            data = self._log.read_bytes()
+            return data[self._logged :] if self._logged <= len(data) else data
+        return b""
 
 
 def _release(found: Found) -> None:

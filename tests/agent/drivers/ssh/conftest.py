@@ -23,7 +23,7 @@ from shared import crypt
 from shared.access import Credential
 from shared.resource import Protocol
 from shared.services import SshServer
-from tests.support.netns import Namespace
+from tests.support.netns import Namespace, wait_until
 
 NODE, CLIENT = "192.0.2.1", "192.0.2.2"
 NODE_INSIDE, FAR = "198.51.100.1", "198.51.100.2"
@@ -50,7 +50,8 @@ def own_etc(directory: Path) -> Iterator[None]:
         _checked(_libc.mount(bytes(directory), b"/etc", b"", _MS_BIND, b""))
         yield
     finally:
-        _checked(_libc.setns(before, _CLONE_NEWNS))
+        # Refused while a thread shares our root; one that was joined needs a moment to be gone for the kernel, too.
+        wait_until(lambda: _libc.setns(before, _CLONE_NEWNS) == 0)
         os.close(before)
         os.chdir(where)
 

@@ -74,6 +74,7 @@ def test_sshd_reads_what_was_meant(tmp_path: Path, forwards: bool, said: str) ->
         "logingracetime": "30",
         "maxauthtries": "4",
         "maxstartups": "100:30:500",
+        "persourcemaxstartups": "20",
         "strictmodes": "yes",
     }.items():
         assert [given for name, given in found if name == option] == [value], option
@@ -107,6 +108,17 @@ def test_a_path_is_one_plain_word_or_refused(name: str) -> None:
         return
     assert f"PidFile {Path('/x', name)}/sshd.pid" in text.split("\n")
     assert not set(name) & set(" \t\r\n\"'%\\#")
+
+
+@given(st.text(max_size=200))
+@example("alice from 1.2.3.4 port 5 ssh2")
+def test_the_log_of_a_failed_login_is_no_login(user: str) -> None:
+    """sshd writes what a client sends without line breaks (vis(3)), and never at the beginning of a line."""
+    shown = "".join(character for character in user if character.isprintable())
+    log = f"Invalid user {shown} from 192.0.2.9 port 7\r\nFailed password for {shown} from ::1 port 1 ssh2\r\n"
+    good = "Accepted publickey for bob from 2001:db8::1 port 22 ssh2: ED25519 SHA256:xyz\r\n"
+
+    assert list(config.accepted((log + good).encode())) == [("bob", "2001:db8::1", 22)]
 
 
 @given(st.lists(BARE_KEYS, max_size=5, unique=True))

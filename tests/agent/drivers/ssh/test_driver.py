@@ -326,7 +326,8 @@ async def test_a_removed_login_is_out_before_the_return(net: Net, driver: Ssh) -
         await asyncio.to_thread(_echoed, others, b"still here")
 
 
-async def test_a_removed_login_that_is_logging_in_stays_out(net: Net, driver: Ssh) -> None:
+@pytest.mark.parametrize("attempt", range(3))
+async def test_a_removed_login_that_is_logging_in_stays_out(net: Net, driver: Ssh, attempt: int) -> None:
     """Clients that are at every stage of a login when it is removed: none is in afterwards."""
     argv = net.argv("-N")
     clients = [
@@ -336,6 +337,7 @@ async def test_a_removed_login_that_is_logging_in_stays_out(net: Net, driver: Ss
 
     await driver.remove(["alice"])
 
+    assert not [title for title in net.sshds() if "alice" in title]
     for client in clients:
         assert await asyncio.to_thread(client.wait, 30) != 0
     assert [session for session in await driver.sessions() if not session.ended] == []
@@ -484,6 +486,25 @@ async def test_a_session_that_ends_while_no_agent_runs_is_told_with_its_bytes(ne
     await second.close()
     await third.ensure(SPEC)
     assert [(each.id, each.rx, each.tx) for each in await third.sessions()] == [(after.id, after.rx, after.tx)]
+
+
+async def test_a_session_that_no_agent_ever_saw_is_told_with_its_bytes(net: Net, driver: Ssh) -> None:
+    await driver.sessions()
+    await driver.close()
+    client = net.ssh(*FORWARD)
+    with await forwarded(net) as opened:
+        await asyncio.to_thread(_exchange, opened, 500_000)
+    await asyncio.to_thread(net.client.end, client)
+
+    second = net.driver()
+    await second.ensure(SPEC)
+
+    (missed,) = await second.sessions()
+    assert missed.ended
+    assert (missed.username, missed.remote.rpartition(":")[0]) == ("alice", CLIENT)
+    assert 500_000 <= missed.rx <= 600_000
+    assert 500_000 <= missed.tx <= 600_000
+    assert await second.sessions() == []
 
 
 async def test_an_sshd_that_was_killed_is_started_again_and_its_sessions_live(net: Net, driver: Ssh) -> None:
