@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from shared.settings import SettingsError
 
 if TYPE_CHECKING:
     from controller.app import Services
+    from controller.fleet.service import Node
 
 DEFAULT_CONFIG = Path("/etc/skynetvpn/controller.yaml")
 _FAILED = 1
@@ -97,17 +98,45 @@ async def _node_token(arguments: argparse.Namespace) -> None:
 async def _node_list(arguments: argparse.Namespace) -> None:
     async with _services(arguments) as services:
         nodes = await services.fleet.nodes()
+    print("NAME", "STATUS", "PLACE", "ENDPOINT", "SEEN", "PROTOCOLS", "PROBLEM", sep="\t")
     for node in nodes:
-        seen = f"{node.last_seen_at:%Y-%m-%dT%H:%M:%SZ}" if node.last_seen_at else "never"
-        place = f"{node.country} {node.city}"
-        print(f"{node.name}\t{node.status}\t{place}\t{node.endpoint or node.address or '-'}\tseen {seen}", end="")
-        print(f"\t{node.problem}" if node.problem else "")
+        place, endpoint = f"{node.country} {node.city}", node.endpoint or node.address or "-"
+        protocols = ",".join(node.protocols) or "-"
+        print(node.name, node.status, place, endpoint, _moment(node.last_seen_at), protocols, _trouble(node), sep="\t")
 
 
 async def _node_status(arguments: argparse.Namespace) -> None:
     async with _services(arguments) as services:
-        await services.fleet.set_status(arguments.name, NodeStatus(arguments.status))
-    print(f"{arguments.name} is {arguments.status}")
+        if arguments.status is not None:
+            await services.fleet.set_status(arguments.name, NodeStatus(arguments.status))
+            print(f"{arguments.name} is {arguments.status}")
+            return
+        node = await services.fleet.node(arguments.name)
+    shown = {
+        "name": node.name,
+        "status": node.status,
+        "place": f"{node.country} {node.city}",
+        "endpoint": node.endpoint or node.address or "-",
+        "plan": node.plan,
+        "seen": _moment(node.last_seen_at),
+        "agent": node.agent or "-",
+        "certificate": f"until {_moment(node.certificate_expires_at)}" if node.certificate_expires_at else "-",
+        **{f"{protocol}": node.servers.get(protocol, "offered") for protocol in node.protocols},
+        "problem": node.problem or "-",
+    }
+    for name, text in shown.items():
+        print(f"{name:12}{text}")
+
+
+def _moment(moment: datetime | None) -> str:
+    return f"{moment:%Y-%m-%dT%H:%M:%SZ}" if moment is not None else "never"
+
+
+def _trouble(node: Node) -> str:
+    """What ails its servers, and what else it says."""
+    servers = [f"{protocol}: {words}" for protocol, words in node.servers.items()]
+    repeated = node.problem is not None and any(words in node.problem for words in node.servers.values())
+    return "; ".join([*servers, *([node.problem] if node.problem and not repeated else [])]) or "-"
 
 
 async def _node_confirm(arguments: argparse.Namespace) -> None:
@@ -164,9 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     token.add_argument("--port", type=int, help="UDP port of WireGuard (default: as it is, or tunnel.port)")
     token.add_argument("--minutes", type=int, default=10, help="for how long the token is valid (default 10)")
     _add(node, "list", _node_list, "list the nodes and what they say")
-    status = _add(node, "status", _node_status, "take a node in or out of service")
+    status = _add(node, "status", _node_status, "show a node, or take it in or out of service")
     status.add_argument("name", metavar="NAME")
-    status.add_argument("status", choices=[status.value for status in NodeStatus])
+    status.add_argument("status", nargs="?", choices=[status.value for status in NodeStatus], help="none: show it")
     confirm = _add(node, "confirm", _node_confirm, "allow the mass removal that a node refused")
     confirm.add_argument("name", metavar="NAME")
     return parser

@@ -88,6 +88,13 @@ class Fleet:
             ailing.setdefault(words.node_id, {}).update(servers_from(words.servers))
         return [_node(row, problems.get(row.id), ailing.get(row.id, {})) for row in rows]
 
+    async def node(self, name: str) -> Node:
+        """Raises NodeNotFound."""
+        found = next((node for node in await self.nodes() if node.name == name), None)
+        if found is None:
+            raise NodeNotFound(name=name)
+        return found
+
     async def set_status(self, name: str, status: NodeStatus) -> None:
         """A node that is no longer admitted is cut off at once by every controller; its tunnels stay."""
         async with self._database.transaction() as tx:

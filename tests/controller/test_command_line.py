@@ -108,7 +108,12 @@ async def test_it_is_administered_beside_the_running_one(directory: Path) -> Non
         assert (status, errors) == (0, "")
         assert jointoken.decode(output).address == settings_of(directory)["node_listen"]
         status, output, _ = await controller("node", "list", "--config", config)
-        assert (status, output.split("\t")[:3]) == (0, ["fra1", "enabled", "DE Frankfurt"])
+        header, node = (line.split("\t") for line in output.splitlines())
+        assert (status, header[:3], node[:3]) == (0, ["NAME", "STATUS", "PLACE"], ["fra1", "enabled", "DE Frankfurt"])
+        assert (len(header), len(node), node[-3:]) == (7, 7, ["never", "wireguard", "-"])
+        status, output, _ = await controller("node", "status", "fra1", "--config", config)
+        shown = dict(line.split(None, 1) for line in output.splitlines())
+        assert (status, shown["status"], shown["wireguard"], shown["problem"]) == (0, "enabled", "offered", "-")
         status, _, errors = await controller("node", "status", "fra1", "maintenance", "--config", config)
         assert (status, errors) == (0, "")
         status, _, errors = await controller("node", "confirm", "fra1", "--config", config)
@@ -138,6 +143,7 @@ async def test_health_readiness_and_metrics(directory: Path) -> None:
         (("node", "token", "--name", "n", "--country", "XX", "--city", "Berlin"), "country: "),
         (("node", "token", "--name", "n", "--country", "DE", "--city", "Berlin", "--endpoint", "a b"), "endpoint: "),
         (("node", "status", "nobody", "disabled"), "nobody"),
+        (("node", "status", "nobody"), "nobody"),
     ],
 )
 async def test_bad_input_is_one_clear_line(directory: Path, arguments: tuple[str, ...], words: str) -> None:

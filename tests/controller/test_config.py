@@ -8,6 +8,7 @@ import yaml
 
 from controller.accounts.principal import Plan
 from controller.config import Config, RateLimit, new_secret_line, read_config, read_secrets, split_address
+from controller.fleet.settings import ProtocolPools
 from shared.settings import SettingsError
 
 
@@ -56,9 +57,45 @@ def test_the_defaults_are_the_documented_ones(directory: Path) -> None:
     assert limited.max_connections(Plan.FREE) == 7
 
 
+def test_the_networks_of_protocols_lie_beside_each_other(directory: Path) -> None:
+    protocols = read(directory).protocols
+    pools = [protocols.openvpn.ipv4_pool, protocols.ssh.ipv4_pool, protocols.l2tp.ipv4_pool]
+    assert (pools, protocols.openvpn.ipv6_pool) == (["10.67.0.0/16", "10.68.0.0/16", "10.69.0.0/16"], "fd66:6b7a::/112")
+    assert pools == [getattr(ProtocolPools(), f"{name}_ipv4") for name in ("openvpn", "ssh", "l2tp")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problems"),
+    [
+        (
+            {"tunnel": {"ipv4_pool": "10.68.128.0/17"}},
+            ["protocols.ssh.ipv4_pool: 10.68.0.0/16 overlaps 10.68.128.0/17 of tunnel.ipv4_pool"],
+        ),
+        (
+            {"protocols": {"openvpn": {"ipv4_pool": "10.70.0.0/16"}, "l2tp": {"ipv4_pool": "10.70.9.0/24"}}},
+            ["protocols.l2tp.ipv4_pool: 10.70.9.0/24 overlaps 10.70.0.0/16 of protocols.openvpn.ipv4_pool"],
+        ),
+        (
+            {"protocols": {"openvpn": {"ipv6_pool": "fd66:6b79::/64"}, "ssh": {"ipv4_pool": "10.66.0.0/24"}}},
+            [
+                "protocols.openvpn.ipv6_pool: fd66:6b79::/64 overlaps fd66:6b79::/112 of tunnel.ipv6_pool",
+                "protocols.ssh.ipv4_pool: 10.66.0.0/24 overlaps 10.66.0.0/16 of tunnel.ipv4_pool",
+            ],
+        ),
+    ],
+)
+def test_networks_that_overlap_are_told(directory: Path, settings: dict[str, object], problems: list[str]) -> None:
+    with pytest.raises(SettingsError) as refused:
+        read(directory, **settings)
+    advice = "; give one of them another network"
+    assert sorted(refused.value.problems) == [problem + advice for problem in problems]
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
+        ({"protocols": {"l2tp": {"ipv4_pool": "fd66::/112"}}}, "protocols.l2tp.ipv4_pool: expected an IPv4 network"),
+        ({"protocols": {"ssh": {"port": 22}}}, "protocols.ssh.port: unknown setting"),
         ({"listen": "8080"}, "listen: expected host:port"),
         ({"listen": "example.org:8080"}, "listen: "),
         ({"listen": "127.0.0.1:99999"}, "listen: the port is not between"),
