@@ -60,7 +60,7 @@ from controller.tunnels.peers import Peers
 from controller.tunnels.service import Tunnels, TunnelSettings
 from controller.usage.enforcement import Enforcement
 from controller.usage.granting import Granting, rebalance
-from controller.usage.limits import Limits
+from controller.usage.limits import Limits, Refresh
 from controller.usage.sessions import Sessions
 from shared import __version__
 
@@ -87,7 +87,8 @@ class Services:
     passwords: Passwords
     accounts: Accounts
     administration: Administration
-    access: Access
+    members: Members
+    refresh: Refresh  # brings the nodes to what an account may do now
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +141,14 @@ async def services(config: Config) -> AsyncIterator[Services]:
         changes = PasswordChanges(passwords, [access])
         accounts = Accounts(database, passwords, session_life=timedelta(hours=config.login_hours), changes=changes)
         administration = Administration(database, changes, [end_account, access.end_account])
+
+        async def refresh(tx: Transaction, user_id: str) -> None:
+            await rebalance(tx, user_id)
+            await access.refresh(tx, user_id)
+
+        members = Members(database, accounts, administration, access, Limits(refresh))
         fleet = Fleet(database, authority.pin, settings)
-        yield Services(database, authority, settings, fleet, passwords, accounts, administration, access)
+        yield Services(database, authority, settings, fleet, passwords, accounts, administration, members, refresh)
 
 
 async def compose(services: Services, config: Config, registry: CollectorRegistry) -> Controller:
@@ -169,13 +176,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
     live.on_stored(hub.acknowledge)
     sessions = Sessions(database, live.book, end_by_ids)
     granting = Granting(database, hub.wait_applied, live.wait_reported)
-
-    async def refresh(tx: Transaction, user_id: str) -> None:
-        await rebalance(tx, user_id)
-        await services.access.refresh(tx, user_id)
-
-    limits = Limits(refresh)
-    enforcement = Enforcement(database, live.book, sessions, Events(database), refresh)
+    enforcement = Enforcement(database, live.book, sessions, Events(database), services.refresh)
     for follower in (sessions.on_written, enforcement.on_written, granting.on_written):
         live.on_written(follower)
     tunnels = Tunnels(
@@ -186,19 +187,18 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         TunnelSettings(
             pool=_pool(config),
             dns=config.tunnel.dns,
-            mtu=config.tunnel.mtu,
             cool_down=timedelta(seconds=config.tunnel.cool_down_seconds),
         ),
         max_connections=config.max_connections,
         hold_account=hold_account,
         server_of=protocols.server_of,
+        mtu_of=protocols.mtu_of,
         wait_applied=hub.wait_applied,
     )
-    members = Members(database, services.accounts, services.administration, services.access, limits, sessions)
     api = Api(
         [
             skynet.contract(services.accounts, directory, tunnels),
-            irssh.contract(services.accounts, members, protocols, sessions, directory),
+            irssh.contract(services.accounts, services.members, protocols, sessions, directory),
         ],
         services.accounts,
         _http_settings(config),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 
-import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -85,18 +84,6 @@ class Access:
             credentials.set_secret(tx, own[protocol], prepared.of(protocol))
         if own:
             await credentials.bring(tx, list(own.values()), await standing_of(tx.session, await _user(tx, user_id)))
-
-    async def protocols_of(self, session: AsyncSession, user_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """The protocols that each account has a login of its own for."""
-        found: dict[str, tuple[str, ...]] = dict.fromkeys(user_ids, ())
-        rows = await session.execute(
-            sa.select(CredentialRow.user_id, CredentialRow.protocol)
-            .where(CredentialRow.user_id.in_(user_ids), CredentialRow.connection_id.is_(None))
-            .order_by(CredentialRow.protocol)
-        )
-        for row in rows:
-            found[row.user_id] += (row.protocol,)
-        return found
 
     async def refresh(self, tx: Transaction, user_id: str) -> None:
         """Bring the nodes to what the account may do now. Where it is blocked, or may no longer use a protocol, its

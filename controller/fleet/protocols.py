@@ -18,7 +18,7 @@ from controller.errors import InvalidInput
 from controller.fleet import servers, standing
 from controller.fleet.errors import ServerNotFound, UnknownProtocol
 from controller.fleet.identities import Admitted
-from controller.fleet.layers import FLEET, Layer, Layers, merged, read_changes, shown
+from controller.fleet.layers import FLEET, Layer, Layers, WireGuardSettings, merged, read_changes, shown
 from controller.fleet.layerstore import read_layers, write_layer
 from controller.fleet.nodes import INTERFACE
 from controller.fleet.offer import Offer, known_protocols
@@ -55,7 +55,7 @@ class ProtocolState:
 
 
 class Protocols:
-    """`server_of` answers from memory, which every commit that changes it renews."""
+    """`server_of` and `mtu_of` answer from memory, which every commit that changes it renews."""
 
     def __init__(self, database: Database, settings: FleetSettings, keys: VpnKeys) -> None:
         self._database = database
@@ -68,6 +68,12 @@ class Protocols:
     def server_of(self, node_id: str, protocol: Protocol) -> Server:
         """What the node runs for a protocol beside WireGuard; also what a client config is made from."""
         return servers.server(self._fleet, self._layers, self._keys, protocol, node_id)
+
+    def mtu_of(self, node_id: str) -> int:
+        """Of the node's WireGuard interface; that of its clients has to be the same."""
+        settings = self._layers.settings(Protocol.WIREGUARD, node_id, self._fleet)
+        assert isinstance(settings, WireGuardSettings)
+        return settings.mtu
 
     async def configure(
         self,

@@ -47,7 +47,6 @@ ServerOf = Callable[[str, Protocol], services.Server]
 class TunnelSettings:
     pool: Pool
     dns: tuple[str, ...]
-    mtu: int = 1420
     cool_down: timedelta = timedelta(minutes=10)  # before an address serves somebody else
     unused_after: timedelta = timedelta(days=1)  # a connection that never had a handshake ends
     silent_after: timedelta = timedelta(days=30)  # one that has had none for so long, too
@@ -56,7 +55,8 @@ class TunnelSettings:
 class Tunnels:
     """`wait_applied(node_id, scope, revision, timeout)` waits until the node has acknowledged the revision.
 
-    `server_of(node_id, protocol)` is what the node runs for a protocol beside WireGuard.
+    `server_of(node_id, protocol)` is what the node runs for a protocol beside WireGuard, and `mtu_of(node_id)` the MTU of
+    its WireGuard interface.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Tunnels:
         max_connections: Callable[[Plan], int],
         hold_account: HoldAccount,
         server_of: ServerOf,
+        mtu_of: Callable[[str], int],
         wait_applied: WaitApplied,
     ) -> None:
         self._database = database
@@ -79,6 +80,7 @@ class Tunnels:
         self._settings = settings
         self._max_connections = max_connections
         self._server_of = server_of
+        self._mtu_of = mtu_of
         self._wait_applied = wait_applied
         self._opener = Opener(database, live, settings.pool, settings.cool_down, hold_account)
         self._peers = Peers(settings.pool)
@@ -231,7 +233,7 @@ class Tunnels:
             client_public_key=PublicKey(row.public_key),
             private_key=PrivateKey(private_key) if private_key is not None else None,
             preshared_key=PresharedKey(preshared_key) if preshared_key is not None else None,
-            mtu=self._settings.mtu,
+            mtu=self._mtu_of(server.id),
         )
 
     def _connection(self, row: ConnectionRow, addresses: tuple[str, ...], applied: bool | None = None) -> Connection:

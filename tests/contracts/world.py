@@ -165,6 +165,7 @@ async def build_world(database: Database) -> AsyncIterator[World]:
         max_connections=lambda plan: {Plan.FREE: 1, Plan.PRO: 3, Plan.ENTERPRISE: 100}[plan],
         hold_account=hold_account,
         server_of=protocols.server_of,
+        mtu_of=protocols.mtu_of,
         wait_applied=wait_applied,
     )
     access = Access(passwords, Peers(pool).refresh)

@@ -73,6 +73,7 @@ class World:
             max_connections=lambda plan: self.limits[plan],
             hold_account=hold_account,
             server_of=self.protocols.server_of,
+            mtu_of=self.protocols.mtu_of,
             wait_applied=self.wait_applied,
         )
 

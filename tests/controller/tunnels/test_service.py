@@ -69,6 +69,13 @@ async def test_a_client_made_key_stays_with_the_client(world: Any) -> None:
     assert shown["endpoint"] == "[2001:db8::7]:51820"
 
 
+async def test_the_config_has_the_mtu_that_the_node_was_given(world: Any) -> None:
+    tunnels = world.tunnels()
+    made = [await tunnels.create(world.alice, "skynet", world.nodes[node], "wireguard") for node in (0, 1)]
+    await world.protocols.configure("wireguard", settings={"mtu": 1380}, server_id=world.nodes[1])
+    assert [(await tunnels.client_config(world.alice, one.id)).mtu for one in made] == [1420, 1380]
+
+
 async def test_the_end_takes_the_peer_off_for_ever(world: Any) -> None:
     tunnels = world.tunnels()
     made = await tunnels.create(world.alice, "skynet", world.nodes[0], "wireguard")
