@@ -55,8 +55,8 @@ class TunnelSettings:
 class Tunnels:
     """`wait_applied(node_id, scope, revision, timeout)` waits until the node has acknowledged the revision.
 
-    `server_of(node_id, protocol)` is what the node runs for a protocol beside WireGuard, and `mtu_of(node_id)` the MTU of
-    its WireGuard interface.
+    `server_of(node_id, protocol)` is what the node runs for a protocol beside WireGuard, `mtu_of(node_id)` its
+    WireGuard interface's MTU.
     """
 
     def __init__(
