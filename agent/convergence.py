@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import structlog
 
@@ -15,10 +15,13 @@ from agent.plan import Action, EnsureInterface, RemovePeer, SetPeer, plan, steps
 from agent.services import Services
 from shared.desired import Kind, Peer, digest_bytes
 from shared.keys import encode_key
-from shared.protocol import Applied, Drift, Failure
+from shared.protocol import Applied, Drift, Failure, PeerStats
 
 _MAX_FAILURES = 5000  # in one answer; with the longest texts it still fits a frame
 _MAX_WORDS = 500
+_CHEAP_READING = 1000  # peers that are read whole for the last bytes of one
+
+Farewell = Callable[[list[PeerStats], Mapping[bytes, Peer]], Awaitable[None]]
 
 log = structlog.get_logger()
 
@@ -30,6 +33,7 @@ class Convergence:
         self.desired = desired
         self.prune = False  # until the first sync nothing is removed from the host
         self.generation = ""
+        self.farewell: Farewell | None = None  # told the last counters of peers that are about to be removed
         self._host, self._counters, self._services = host, counters, services
         self._proven: bytes | None = None  # the host's fingerprint when it was seen to be exactly as desired
         self._running = ""  # the interface that this process has set up
@@ -45,14 +49,15 @@ class Convergence:
         old, new = before.interface, desired.interface
         if self.prune and old is not None and self._running == old.name and (new is None or new.name != old.name):
             try:
+                await self._part(old.name, before.peers)
                 await self._host.remove(old.name)
                 log.info("interface_removed", interface=old.name)
             except DriverError as error:
                 log.error("interface_not_removed", interface=old.name, error=str(error))
             self._running = ""
-        await self.converge()
+        await self.converge(before)
 
-    async def converge(self) -> list[Action]:
+    async def converge(self, before: Desired | None = None) -> list[Action]:
         """Read the host, do what is missing, read it back, and count what it has; return what was done."""
         spec, failed, actions = self.desired.interface, dict[bytes, str](), list[Action]()
         unprotected = None
@@ -66,6 +71,9 @@ class Convergence:
             device = await self._host.observe(spec.name)
             actions = self._plan(device)
             if actions:
+                leaving = [action.public_key for action in actions if isinstance(action, RemovePeer)]
+                if before is not None and leaving:
+                    await self._part(spec.name, {key: before.peers[key] for key in leaving if key in before.peers})
                 failed = await self._host.carry_out(spec.name, actions)
                 device = await self._host.observe(spec.name)
                 for action in self._plan(device):
@@ -92,6 +100,8 @@ class Convergence:
         retry = [key for key, (name, old) in change.withdrawn.items() if self._fault(name, old) is not None]
         actions = steps(change, retry)
         try:
+            leaving = {key: peer for key, (_, peer) in change.withdrawn.items() if key not in change.admitted}
+            await self._part(spec.name, leaving)
             failed = await self._host.carry_out(spec.name, actions)
         except DriverError as error:
             log.warning("interface_lost", interface=spec.name, error=str(error))
@@ -99,6 +109,19 @@ class Convergence:
             return []
         self._account(change, failed)
         return actions
+
+    async def _part(self, interface: str, leaving: Mapping[bytes, Peer]) -> None:
+        """Read the last counters of peers that are about to go.
+
+        An interface is read as a whole only: where it is large, no client waits for that unless bytes are rationed.
+        """
+        rationed = any(peer.limits is not None and peer.limits.metered for peer in leaving.values())
+        dear = len(self.desired.peers) > max(_CHEAP_READING, 100 * len(leaving))
+        if not leaving or self.farewell is None or (dear and not rationed):
+            return
+        with contextlib.suppress(DriverError):  # they go all the same
+            last = [stats for stats in await self._host.stats(interface) if stats.public_key in leaving]
+            await self.farewell(last, leaving)
 
     async def untouched(self) -> bool:
         """Whether the host is exactly as desired; it costs one reading and no message."""

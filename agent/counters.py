@@ -19,3 +19,11 @@ class Counters:
     sessions: int = 0
     load: float = 0.0
     certificate_not_after: int = 0
+    server_up: dict[str, bool] = field(default_factory=dict)  # by protocol, as the two below
+    service_sessions: dict[str, int] = field(default_factory=dict)
+    service_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)  # received and sent since the start
+    server_certificate_not_after: int = 0  # of the OpenVPN server, 0 = it has none
+
+    def moved(self, protocol: str, rx: int, tx: int) -> None:
+        before = self.service_bytes.get(protocol, (0, 0))
+        self.service_bytes[protocol] = (before[0] + rx, before[1] + tx)

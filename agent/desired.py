@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from agent.logins import ALLOWANCE_SPENT, LEASE_ENDED, Logins
 from agent.logins import Name as Name
+from shared.access import Credential
 from shared.desired import Interface, Kind, Payload, Peer, decode
 from shared.keys import decode_key, encode_key
 from shared.protocol import Resource
@@ -80,12 +81,22 @@ def scope_of(epoch: str, revision: int, resources: Iterable[Resource]) -> Scope:
 class Change:
     """What left the desired peers and what came, each with its scope; a changed peer is in both.
 
-    `others` are the resources of all other kinds that were touched.
+    `others` are the resources of all other kinds that were touched, `accounts` the metered ones that may be concerned.
     """
 
     withdrawn: dict[bytes, tuple[str, Peer]] = field(default_factory=dict)
     admitted: dict[bytes, tuple[str, Peer]] = field(default_factory=dict)
     others: set[Name] = field(default_factory=set)
+    accounts: set[int] = field(default_factory=set)
+
+    def then(self, later: Change) -> None:
+        """Take in a change that came after this one: together they are done in one step."""
+        for key, entry in later.withdrawn.items():
+            if self.admitted.pop(key, None) is None:
+                self.withdrawn[key] = entry
+        self.admitted.update(later.admitted)
+        self.others.update(later.others)
+        self.accounts.update(later.accounts)
 
 
 class Desired:
@@ -97,6 +108,8 @@ class Desired:
     def __init__(self, scopes: Mapping[str, Scope], now: float, spent: Collection[int] = frozenset()) -> None:
         self.scopes = dict(scopes)
         self.logins = Logins(self.scopes, now, spent)
+        self.metered: dict[int, int] = {}  # account -> bytes that it may use without a lease
+        self.version = 0  # counts the changes
         self._spent = spent
         self.peers: dict[bytes, Peer] = {}
         self.interface: Interface | None = None
@@ -106,6 +119,9 @@ class Desired:
         self._claims: dict[str, bytes] = {}  # allowed IP -> the peer that has it
         self._expired: dict[bytes, str] = {}
         self._leases: list[tuple[int, bytes]] = []  # heap; an entry may be of an older version of the peer
+        for scope in self.scopes.values():
+            for payload in (*scope.peers.values(), *scope.others.values()):
+                self._meter(payload)
         self._choose_interface()
         self._own = _own_addresses(self.interface)
         for name, peer in self._all_peers():
@@ -142,12 +158,17 @@ class Desired:
                 self._withdraw(name, scope.peers.get(_raw(key)), change)
             else:
                 change.others.add((kind, key))
+                if kind == Kind.LEASE and key.isdecimal():
+                    change.accounts.add(int(key))
         for removal in removals:
             scope.discard(removal)
         for resource in upserts:
             payload = scope.put(resource)
+            if (account := self._meter(payload)) is not None:
+                change.accounts.add(account)
             if isinstance(payload, Peer):
                 self._admit(name, payload, now, change)
+        self.version += 1
         if change.others:
             self.logins.refresh(change.others, now)
         if change.withdrawn:
@@ -190,6 +211,16 @@ class Desired:
 
     def next_expiry(self) -> int | None:
         return min((first for first in (self.logins.next_expiry(), self._first_lease()) if first), default=None)
+
+    def _meter(self, payload: Payload | None) -> int | None:
+        """Note whether the account of this resource is metered; return the account where that may matter."""
+        if not isinstance(payload, Peer | Credential) or payload.limits is None:
+            return None
+        if payload.limits.metered:
+            self.metered[payload.account] = payload.limits.opening
+        elif self.metered.pop(payload.account, None) is None:
+            return None
+        return payload.account
 
     def _first_lease(self) -> int | None:
         return self._leases[0][0] if self._leases else None

@@ -49,6 +49,19 @@ class Logins:
     def owner(self, name: Name) -> str | None:
         return next((scope for scope in self._order if name in self._scopes[scope].others), None)
 
+    def find(self, protocol: Protocol, username: str) -> Credential | None:
+        """The login that is asked for, also one that may not be used now."""
+        if (credential := self.credentials[protocol].get(username)) is not None:
+            return credential
+        name = (str(Kind.CREDENTIAL), f"{protocol}/{username}")
+        owner = self.owner(name)
+        payload = self._scopes[owner].others[name] if owner is not None else None
+        return payload if isinstance(payload, Credential) else None
+
+    def barrier(self, protocol: Protocol, username: str) -> str | None:
+        """Why a login that is asked for may not be used now."""
+        return self._barred.get((str(Kind.CREDENTIAL), f"{protocol}/{username}"))
+
     def scopes_with(self, protocol: Protocol) -> set[str]:
         """The scopes that ask for the server or a login of this protocol."""
         server, login = SERVER_KINDS[protocol], f"{protocol}/"

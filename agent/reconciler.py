@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import structlog
 
+from agent.allowances import Allowances
 from agent.answers import Answers
-from agent.convergence import Convergence, log_actions
+from agent.convergence import Convergence, Farewell, log_actions
 from agent.counters import Counters
 from agent.desired import IMPORTED, Change, Desired, scope_of
 from agent.host import Host
@@ -70,21 +71,20 @@ class Reconciler:
         guard: Guard,
         recheck_seconds: float,
         services: Services | None = None,
-        spent: Collection[int] = frozenset(),
-        ledger: str = "",
+        allowances: Allowances | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.inbox: asyncio.Queue[Welcome | Delta | Snapshot] = asyncio.Queue(64)
         self.last_added = 0.0  # monotonic time at which a peer was added that may be waited for
-        self.ledger = ledger
         self._state, self._host, self._send, self._counters = state, host, send, counters
         self._answers = Answers(send, counters)
         self._services = services or Services((Protocol.WIREGUARD,))
         self._services.settled, self._services.protect = self._settled, self._protect
-        self._spent = spent
+        self._allowances = allowances or Allowances()
+        self._spent = self._allowances.spent
         self._boot_id, self._guard = boot_id, guard
         self._recheck_seconds, self._clock = recheck_seconds, clock
-        self._convergence = Convergence(host, counters, Desired({}, clock(), spent), self._services)
+        self._convergence = Convergence(host, counters, Desired({}, clock(), self._spent), self._services)
         self._epoch = ""
         self._session = Welcome(version=PROTOCOL_VERSION, epoch="", node_id="", scopes=[])
         self._staging = Staging()
@@ -112,6 +112,10 @@ class Reconciler:
     def _desired(self) -> Desired:
         return self._convergence.desired
 
+    def on_farewell(self, farewell: Farewell) -> None:
+        """Have the last counters of peers told that are about to be removed."""
+        self._convergence.farewell = farewell
+
     @property
     def logins(self) -> Logins:
         return self._desired.logins
@@ -132,7 +136,7 @@ class Reconciler:
             backend=self._host.backend,
             protocols=[str(protocol) for protocol in self._services.protocols],
             ssh_host_keys=self._services.host_keys,
-            ledger=self.ledger,
+            ledger=self._allowances.ledger,
         )
 
     def alive(self) -> bool:
@@ -161,7 +165,9 @@ class Reconciler:
             for name, kept in stored.scopes.items()
         }
         async with self._turn():
-            await self._convergence.become(Desired(scopes, self._clock(), self._spent))
+            desired = Desired(scopes, self._clock(), self._spent)
+            self._judge(desired)
+            await self._convergence.become(desired)
         log.info("started", scopes=len(scopes), peers=len(self.peers), trusted=stored.trusted)
 
     async def run(self) -> None:
@@ -177,15 +183,18 @@ class Reconciler:
         async with self._turn():
             await self._recheck()
 
-    async def bar(self, accounts: Collection[int]) -> None:
-        """Take the peers and logins of these accounts off the host: they are in `spent` now."""
+    async def judge(self, accounts: Collection[int] | None = None) -> bool:
+        """See whether these metered accounts (None = all) have used up what they may, and act on it at once; return
+        whether any has, or has something again."""
+        joined, left = self._allowances.judge(self._desired.metered, self.logins.leases, accounts)
+        if not joined and not left:
+            return False
         async with self._turn():
-            await self._change(self._desired.bar(accounts, self._clock()), reason="allowance_spent")
-
-    async def revive(self) -> None:
-        """Put back whoever is barred without a reason any more."""
-        async with self._turn():
-            await self._revive("allowance_renewed")
+            now = self._clock()
+            change = self._desired.bar(self._spent & joined, now)
+            change.then(self._desired.revive(now))
+            await self._change(change, reason="allowance")
+        return True
 
     async def close(self) -> None:
         self._answers.forget_resyncs()
@@ -268,6 +277,7 @@ class Reconciler:
             return
         if await self._stored(self._state.drop(names)):
             log.info("scopes_dropped", scopes=names, removes=removes)
+            self._judge(smaller)
             await self._convergence.become(smaller)
 
     async def _delta(self, frame: Delta) -> None:
@@ -295,10 +305,14 @@ class Reconciler:
                 scope.discard(name)
             for resource in frame.upserts:
                 scope.put(resource)
-            await self._convergence.become(Desired(self._desired.scopes, self._clock(), self._spent))
+            desired = Desired(self._desired.scopes, self._clock(), self._spent)
+            self._judge(desired)
+            await self._convergence.become(desired)
             self._answer(frame.scope)
             return
         change = self._desired.change(frame.scope, frame.upserts, removals, self._clock())
+        if change.accounts:
+            change.then(self._judge(self._desired, change.accounts))
         await self._change(change, reason="delta", scope=frame.scope)
 
     def _complete(self, desired: Desired) -> bool:
@@ -331,6 +345,15 @@ class Reconciler:
         if parts:
             self._services.noticed()
         return set(parts)
+
+    def _judge(self, desired: Desired, accounts: Collection[int] | None = None) -> Change:
+        """Bar in this state who has used up what he may, and let in who has something again."""
+        now = self._clock()
+        joined, left = self._allowances.judge(desired.metered, desired.logins.leases, accounts)
+        change = desired.bar(joined, now) if joined else Change()
+        if left:
+            change.then(desired.revive(now))
+        return change
 
     async def _revive(self, reason: str) -> None:
         revived = self._desired.revive(self._clock())
@@ -373,6 +396,7 @@ class Reconciler:
             return
         self._answers.synchronised(frame.scope)
         self._epoch, self._convergence.prune = frame.epoch, prune
+        self._judge(wanted)
         await self._convergence.become(wanted)
         self._answer(frame.scope)
 

@@ -1,26 +1,30 @@
-"""Reads the counters in time and reports what changed until the controller says that it has stored it."""
+"""Reads the counters of peers in time, counts what metered accounts use, and has what changed reported."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 import structlog
 
+from agent.allowances import Allowances, Meters
 from agent.counters import Counters
 from agent.drivers.base import DriverError
-from agent.link import Outbox
+from agent.ledger import Ledger
 from agent.load import LoadReader
 from agent.reconciler import Reconciler
+from agent.reports import Reports
 from agent.sessions import Session, advance
-from agent.state import State, StateError
-from shared.protocol import Load, PeerStats, Report
+from agent.state import StateError
+from shared.desired import Peer
+from shared.protocol import Load, PeerStats
 
-_CHUNK = 2000  # peers per report
 _YOUNG_SECONDS = 60  # so long a new peer is looked at often: somebody is waiting to be connected
-_ANSWER_SECONDS = 30
 _DUTY = 200  # reading takes at most one part in so many of the time, however many peers there are
+_HURRIED_DUTY = 20  # the same while an allowance is about to be used up
+
+Judge = Callable[[Collection[int]], Awaitable[None]]
 
 log = structlog.get_logger()
 
@@ -30,33 +34,47 @@ class Reporter:
         self,
         *,
         reconciler: Reconciler,
-        state: State,
-        outbox: Outbox,
+        reports: Reports,
+        allowances: Allowances,
+        ledger: Ledger,
         counters: Counters,
         load: LoadReader,
-        boot_id: str,
         poll_seconds: float = 5,
         fast_seconds: float = 1,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._reconciler, self._state, self._outbox, self._counters = reconciler, state, outbox, counters
-        self._load, self._boot_id, self._clock = load, boot_id, clock
+        self.reports = reports
+        self.judge: Judge | None = None  # told which accounts have used more
+        self._reconciler, self._allowances, self._ledger = reconciler, allowances, ledger
+        self._counters, self._load, self._clock = counters, load, clock
         self._poll_seconds, self._fast_seconds = poll_seconds, min(fast_seconds, poll_seconds)
-        self.latest: dict[bytes, PeerStats] = {}
-        self._reported: dict[bytes, PeerStats] = {}
-        self._pending: dict[int, tuple[float, list[bytes]]] = {}  # sequence -> when it was sent, whose counters
         self._young: dict[bytes, float] = {}  # peers without a handshake -> when they were seen first
         self._sessions: dict[bytes, Session] = {}
+        self._earlier: Mapping[bytes, PeerStats] | None = None  # the reading that was counted last, while in doubt
         self._polled = self._cost = 0.0
         self._failing = False
+        reconciler.on_farewell(self._part)
+
+    @property
+    def latest(self) -> Mapping[bytes, PeerStats]:
+        return self.reports.latest
+
+    def connected(self, accounts: Collection[int]) -> list[tuple[int, int]]:
+        """The peers of these accounts that are connected now: account, and since when."""
+        peers = self._reconciler.peers
+        return [
+            (peer.account, session.since)
+            for key, session in self._sessions.items()
+            if (peer := peers.get(key)) is not None and peer.account in accounts
+        ]
 
     async def run(self) -> None:
         while True:
-            awaited = bool(self._young) or self._reconciler.last_added > self._polled
-            due = self._polled + max(self._fast_seconds if awaited else self._poll_seconds, _DUTY * self._cost)
-            if time.monotonic() >= due:
+            if time.monotonic() >= self._polled + self._pause():
                 await self.poll()
-            await asyncio.sleep(self._fast_seconds)
+            elif self.reports.greeting_due:
+                await self._report(self._read_load())
+            await asyncio.sleep(min(self._fast_seconds, self._pause()))
 
     async def poll(self) -> None:
         """Read all counters once, and report what changed."""
@@ -72,26 +90,50 @@ class Reporter:
         self._failing = False
         self._polled = time.monotonic()
         self._cost = self._polled - started
+        earlier = self.latest if self._earlier is None else self._earlier
         if self._take(stats, first):
             # Counters fell: the interface was made anew, and then the report must say so, or a client came back with
             # the same key and waits. Read again at the next tick, when the re-check has told which.
             await self._reconciler.recheck()
+            self._earlier = earlier
             self._polled -= self._poll_seconds
             return
+        self._earlier = None
+        generation, peers = self._reconciler.generation, self._reconciler.peers
+        await self._count(self._allowances.read(stats, peers, generation, earlier=earlier))
+        await self._report(self._read_load())
+
+    def _pause(self) -> float:
+        """Seconds between two readings: short while somebody is waited for, or an allowance will soon be used up."""
+        awaited = bool(self._young) or self._reconciler.last_added > self._polled
+        pause = self._fast_seconds if awaited else self._poll_seconds
+        horizon = self._allowances.horizon()
+        if horizon is not None and horizon < pause:
+            return max(horizon, _HURRIED_DUTY * self._cost)
+        return max(pause, _DUTY * self._cost)
+
+    async def _part(self, stats: list[PeerStats], peers: Mapping[bytes, Peer]) -> None:
+        """Peers are about to be removed: these are their last counters."""
+        changed = self._allowances.read(stats, peers, self._reconciler.generation, whole=False)
+        changed.gone = self._allowances.forget(peers)
+        changed.meters.clear()
+        self._put(changed)
+        for key in peers:
+            self._sessions.pop(key, None)
         try:
-            await self._report()
+            await self.reports.farewell(stats)
         except StateError as error:
             log.warning("report_not_numbered", error=str(error))
 
-    def received(self, sequence: int) -> None:
-        """The controller has stored the reports up to this one."""
-        self._pending = {number: sent for number, sent in self._pending.items() if number > sequence}
+    async def _count(self, changed: Meters) -> None:
+        if changed.used or changed.meters or changed.gone:
+            self._put(changed)
+            await self._ledger.flush()
+        if changed.used and self.judge is not None:
+            await self.judge(changed.used)
 
-    def disconnected(self) -> None:
-        """Whatever has no answer by now is sent again on the next link; counters are cumulative, twice is harmless."""
-        for _, keys in self._pending.values():
-            self._forget(keys)
-        self._pending.clear()
+    def _put(self, changed: Meters) -> None:
+        self._ledger.put(used=changed.used, meters=changed.meters, gone=changed.gone)
 
     def _take(self, stats: list[PeerStats], first: bool) -> bool:
         """Remember the reading; True where a peer's counters fell."""
@@ -107,14 +149,14 @@ class Reporter:
             if session is not None or peer.handshake:
                 self._follow(peer, advance(session, peer, now))
         for key in self.latest.keys() - latest.keys():
-            self._reported.pop(key, None)
+            self.reports.forget(key)
             self._sessions.pop(key, None)
         self._young = {
             key: since
             for key, since in self._young.items()
             if monotonic - since < _YOUNG_SECONDS and (peer_ := latest.get(key)) is not None and not peer_.handshake
         }
-        self.latest = latest
+        self.reports.latest = latest
         self._counters.sessions = len(self._sessions)
         return fell
 
@@ -124,42 +166,15 @@ class Reporter:
         else:
             self._sessions[peer.public_key] = session
 
-    async def _report(self) -> None:
+    def _read_load(self) -> Load | None:
         load = self._load.read(self._reconciler.interface or "", len(self.latest))
         if load is not None:
             self._counters.load = load.total
-        if not self._outbox.connected:
-            return
-        for sequence, (sent, keys) in list(self._pending.items()):
-            if time.monotonic() - sent > _ANSWER_SECONDS:
-                del self._pending[sequence]
-                self._forget(keys)
-        changed = [peer for key, peer in self.latest.items() if _news(peer, self._reported.get(key))]
-        if changed or load is not None:
-            await self._send(changed[:_CHUNK], load)
-        for start in range(_CHUNK, len(changed), _CHUNK):
-            await self._send(changed[start : start + _CHUNK], None)
+        return load
 
-    async def _send(self, peers: list[PeerStats], load: Load | None) -> None:
-        sequence = await self._state.next_sequence()
-        self._pending[sequence] = (time.monotonic(), [peer.public_key for peer in peers])
-        self._reported |= {peer.public_key: peer for peer in peers}
-        self._outbox.send(
-            Report(
-                sequence=sequence,
-                boot_id=self._boot_id,
-                generation=self._reconciler.generation,
-                peers=peers,
-                load=load,
-            )
-        )
-
-    def _forget(self, keys: list[bytes]) -> None:
-        for key in keys:
-            self._reported.pop(key, None)
-
-
-def _news(peer: PeerStats, reported: PeerStats | None) -> bool:
-    if reported is None:
-        return bool(peer.rx or peer.tx or peer.handshake)
-    return peer is not reported and peer != reported
+    async def _report(self, load: Load | None) -> None:
+        self.reports.generation = self._reconciler.generation
+        try:
+            await self.reports.send(load)
+        except StateError as error:
+            log.warning("report_not_numbered", error=str(error))

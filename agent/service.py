@@ -7,13 +7,16 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import structlog
 
+from agent.allowances import Allowances
 from agent.config import Config, split_address
 from agent.counters import Counters
-from agent.drivers.base import FirewallDriver, WireGuardDriver
+from agent.drivers.base import FirewallDriver, LimitsDriver, WireGuardDriver
 from agent.drivers.nftables import Nftables
 from agent.drivers.wireguard import choose
 from agent.host import Host
 from agent.identity import Identity
+from agent.keeper import Keeper
+from agent.ledger import Ledger
 from agent.link import Link, Outbox
 from agent.load import PROC, LoadReader
 from agent.metrics import MetricsServer, all_lines
@@ -21,9 +24,13 @@ from agent.notify import Notifier
 from agent.reconciler import Guard, Reconciler
 from agent.renewal import Renewal
 from agent.reporter import Reporter
-from agent.services import OpenDriver, Services, open_driver
+from agent.reports import Reports
+from agent.servercertificate import ServerCertificate
+from agent.services import OpenDriver, Services, open_driver, open_limits
+from agent.sessionlog import SessionLog
 from agent.state import State
-from shared.protocol import Certificate, Delta, FromController, Received, Snapshot, Welcome
+from shared.protocol import IDENTITY, OPENVPN_SERVER, Certificate, Delta, FromController, Received, Snapshot, Welcome
+from shared.resource import Protocol
 
 log = structlog.get_logger()
 
@@ -37,6 +44,7 @@ class Agent:
         firewall: FirewallDriver | None = None,
         boot_id: str | None = None,
         open_service: OpenDriver | None = None,
+        limits: LimitsDriver | None = None,
     ) -> None:
         self.counters = Counters()
         self.outbox = Outbox()
@@ -58,6 +66,10 @@ class Agent:
             open_service or open_driver(config.directory, boot_id),
             recheck_seconds=config.recheck_seconds,
         )
+        self._ledger = Ledger(config.directory)
+        records = self._ledger.open()
+        allowances = Allowances(records.ledger, records.used, records.meters, fresh=records.fresh)
+        sessions = SessionLog(records.sessions)
         self.reconciler = Reconciler(
             state=self._state,
             host=host,
@@ -67,14 +79,35 @@ class Agent:
             guard=Guard(config.guard_share, config.guard_minimum),
             recheck_seconds=config.recheck_seconds,
             services=self.services,
+            allowances=allowances,
+        )
+        self.reports = Reports(
+            state=self._state,
+            outbox=self.outbox,
+            sessions=sessions,
+            allowances=allowances,
+            ledger=self._ledger,
+            boot_id=boot_id,
         )
         self.reporter = Reporter(
             reconciler=self.reconciler,
-            state=self._state,
-            outbox=self.outbox,
+            reports=self.reports,
+            allowances=allowances,
+            ledger=self._ledger,
             counters=self.counters,
-            load=LoadReader(capacity_mbit=config.capacity_mbit, max_peers=config.max_peers),
-            boot_id=boot_id,
+            load=LoadReader(capacity_mbit=config.capacity_mbit, max_peers=config.max_peers, directory=config.directory),
+            poll_seconds=config.poll_seconds,
+        )
+        self.keeper = Keeper(
+            services=self.services,
+            reconciler=self.reconciler,
+            reporter=self.reporter,
+            sessions=sessions,
+            allowances=allowances,
+            ledger=self._ledger,
+            limits=limits or open_limits(),
+            counters=self.counters,
+            fresh=records.fresh,
             poll_seconds=config.poll_seconds,
         )
         self.link = Link(
@@ -83,8 +116,14 @@ class Agent:
             outbox=self.outbox,
             hello=self.reconciler.hello,
             deliver=self._deliver,
-            disconnected=self.reporter.disconnected,
+            disconnected=self.reports.disconnected,
             counters=self.counters,
+        )
+        openvpn = self.services.of(Protocol.OPENVPN)
+        self.server_certificate = (
+            ServerCertificate(openvpn, self.outbox, self.counters, config.directory)
+            if hasattr(openvpn.driver, "certificate_request")
+            else None
         )
         self.renewal = Renewal(self.identity, self.outbox, self.link.reconnect)
         self.metrics: MetricsServer | None = None
@@ -106,7 +145,9 @@ class Agent:
                         self.reconciler.run(),
                         self.link.run(),
                         self.reporter.run(),
+                        self.keeper.run(),
                         self.renewal.run(),
+                        *([self.server_certificate.run()] if self.server_certificate is not None else []),
                         notifier.feed(self.reconciler.alive),
                         self._tell_status(notifier),
                     )
@@ -118,7 +159,9 @@ class Agent:
         finally:
             if self.metrics is not None:
                 await self.metrics.close()
+            await self.keeper.close()
             await self.reconciler.close()
+            await self._ledger.close()
             log.info("stopped", tunnels="stay up")
 
     async def _deliver(self, frame: FromController) -> None:
@@ -126,9 +169,12 @@ class Agent:
             case Welcome() | Delta() | Snapshot():
                 await self.reconciler.inbox.put(frame)
             case Received():
-                self.reporter.received(frame.sequence)
+                self.reports.received(frame.sequence)
             case Certificate():
-                self.renewal.take(frame)
+                if frame.purpose == IDENTITY:
+                    self.renewal.take(frame)
+                elif frame.purpose == OPENVPN_SERVER and self.server_certificate is not None:
+                    self.server_certificate.take(frame)
 
     async def _tell_status(self, notifier: Notifier) -> None:
         while True:

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import structlog
 
-from agent.drivers.base import Admit, DriverError, LiveSession, Notify, ServiceDriver, Tunnels, Unsupported
+from agent.drivers.base import (
+    Admit,
+    DriverError,
+    LimitsDriver,
+    LiveSession,
+    Notify,
+    ServiceDriver,
+    Tunnels,
+    Unsupported,
+)
 from agent.logins import SERVER_KINDS, Logins, Name
 from agent.serving import Outcome, Serving
 from shared.access import Credential
@@ -43,6 +52,12 @@ def open_driver(directory: Path, boot_id: str) -> OpenDriver:
                 raise ValueError("WireGuard has a driver of another kind")
 
     return opened
+
+
+def open_limits() -> LimitsDriver:
+    from agent.drivers.limits import KernelLimits
+
+    return KernelLimits()
 
 
 class Unserved:

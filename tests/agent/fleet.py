@@ -149,13 +149,17 @@ class Node:
         await asyncio.gather(self._task, return_exceptions=True)
         await self.reconciler.close()
 
+    def _died(self) -> bool:
+        """Raise what ended the reconciler, should it have ended."""
+        return self._task is not None and self._task.done() and self._task.result() is None
+
     async def send(self, *frames: Welcome | Delta | Snapshot) -> list[Frame]:
         """Deliver frames, wait until each has been dealt with, and return what was answered."""
         seen = len(self.frames)
         for frame in frames:
             done = self.counters.applies + 1
             await self.reconciler.inbox.put(frame)
-            await until(lambda done=done: self.counters.applies >= done)
+            await until(lambda done=done: self.counters.applies >= done or self._died())
         await asyncio.sleep(0)  # answers with no delay are due in the next turn of the loop
         return self.frames[seen:]
 

@@ -23,6 +23,7 @@ from shared.protocol import Applied, Bye, Certificate, Received, Renew, Report
 from tests.agent.fake_controller import Authority, FakeController
 from tests.agent.fleet import INTERFACE, Node, delta, peer, snapshot, until, welcome
 from tests.agent.model_host import ModelFirewall, ModelWireGuard
+from tests.agent.model_service import ModelLimits
 
 PEERS = [peer(number) for number in range(20)]
 
@@ -47,7 +48,7 @@ async def running(directory: Path, wireguard: ModelWireGuard | None = None) -> A
     settings = config.load(
         directory / "agent.yaml", {"SKYNETVPN_AGENT_METRICS": "", "SKYNETVPN_AGENT_POLL_SECONDS": "0.05"}
     )
-    agent = Agent(settings, open_wireguard=opened, firewall=ModelFirewall())
+    agent = Agent(settings, open_wireguard=opened, firewall=ModelFirewall(), limits=ModelLimits())
     agent.link._backoff = Backoff(0.01, 0.05)
     agent.renewal._look_seconds = 0.02
     stop = asyncio.Event()
@@ -100,7 +101,7 @@ async def test_report_without_an_answer_is_sent_again_on_the_next_link(tmp_path:
             assert second.peers == first.peers
             assert second.sequence > first.sequence
             await controller.send(Received(sequence=second.sequence))
-            await until(lambda: second.sequence not in node.agent.reporter._pending)
+            await until(lambda: second.sequence not in node.agent.reports._pending)
 
 
 async def test_controller_that_goes_away_and_comes_back_changes_nothing_on_the_host(tmp_path: Path) -> None:

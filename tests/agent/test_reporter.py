@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from agent.allowances import Allowances
 from agent.drivers.base import DriverError
+from agent.ledger import Ledger
 from agent.link import Outbox
 from agent.load import LoadReader
 from agent.reporter import Reporter
+from agent.reports import Reports
+from agent.sessionlog import SessionLog
 from shared.protocol import Frame, PeerStats, Report
 from tests.agent.fleet import INTERFACE, Node, delta, peer, snapshot, welcome
 from tests.agent.model_host import ModelPeer
@@ -19,17 +23,25 @@ from tests.agent.model_host import ModelPeer
 PEERS = [peer(number) for number in range(5)]
 
 
-class Reports:
+class Rig:
     def __init__(self, node: Node, **pace: float) -> None:
         self.node, self.outbox = node, Outbox()
         self.queue = self.outbox.open()
-        self.reporter = Reporter(
-            reconciler=node.reconciler,
+        self.reports = Reports(
             state=node.state,
             outbox=self.outbox,
+            sessions=SessionLog(),
+            allowances=Allowances(),
+            ledger=Ledger(node.state.path.parent),
+            boot_id="boot",
+        )
+        self.reporter = Reporter(
+            reconciler=node.reconciler,
+            reports=self.reports,
+            allowances=Allowances(),
+            ledger=Ledger(node.state.path.parent),
             counters=node.counters,
             load=LoadReader(capacity_mbit=1000, max_peers=100, proc=Path("/nowhere")),
-            boot_id="boot",
             clock=lambda: node.now,
             **pace,
         )
@@ -51,13 +63,13 @@ class Reports:
 
 
 @pytest.fixture
-async def reports(tmp_path: Path) -> AsyncIterator[Reports]:
+async def reports(tmp_path: Path) -> AsyncIterator[Rig]:
     async with Node(tmp_path) as node:
         await node.send(welcome(), snapshot([INTERFACE, *PEERS]))
-        yield Reports(node)
+        yield Rig(node)
 
 
-async def test_only_peers_with_news_are_reported(reports: Reports) -> None:
+async def test_only_peers_with_news_are_reported(reports: Rig) -> None:
     assert await reports.poll() == []
     reports.peer(1).rx = 10
     (found,) = await reports.poll()
@@ -67,23 +79,23 @@ async def test_only_peers_with_news_are_reported(reports: Reports) -> None:
     assert [item.tx for item in await reports.poll()] == [5]
 
 
-async def test_report_names_the_boot_and_the_generation_of_the_interface(reports: Reports) -> None:
+async def test_report_names_the_boot_and_the_generation_of_the_interface(reports: Rig) -> None:
     reports.peer(1).rx = 10
     await reports.poll()
     assert (reports.last[0].boot_id, reports.last[0].generation) == ("boot", "generation-1")
 
 
-async def test_unanswered_reports_are_sent_again_and_answered_ones_are_not(reports: Reports) -> None:
+async def test_unanswered_reports_are_sent_again_and_answered_ones_are_not(reports: Rig) -> None:
     reports.peer(1).rx = 10
     await reports.poll()
-    reports.reporter.received(reports.last[0].sequence)
+    reports.reports.received(reports.last[0].sequence)
     reports.peer(2).rx = 20
     await reports.poll()
-    reports.reporter.disconnected()
+    reports.reports.disconnected()
     assert [item.public_key for item in await reports.poll()] == [PEERS[2].public_key]
 
 
-async def test_interface_made_anew_is_noticed_before_its_counters_are_reported(reports: Reports) -> None:
+async def test_interface_made_anew_is_noticed_before_its_counters_are_reported(reports: Rig) -> None:
     reports.peer(1).rx = 1000
     await reports.poll()
     reports.node.wireguard.devices.clear()
@@ -95,7 +107,7 @@ async def test_interface_made_anew_is_noticed_before_its_counters_are_reported(r
     assert reports.last[0].generation == "generation-2"
 
 
-async def test_peer_that_was_removed_and_added_again_starts_over(reports: Reports) -> None:
+async def test_peer_that_was_removed_and_added_again_starts_over(reports: Rig) -> None:
     reports.peer(1).rx = 1000
     await reports.poll()
     await reports.node.send(delta(1, 2, removals=[PEERS[1]]))
@@ -108,7 +120,7 @@ async def test_peer_that_was_removed_and_added_again_starts_over(reports: Report
 async def test_client_that_comes_back_between_two_readings_does_not_wait_for_a_third(tmp_path: Path) -> None:
     async with Node(tmp_path) as node:
         await node.send(welcome(), snapshot([INTERFACE, *PEERS]))
-        reports = Reports(node, poll_seconds=60, fast_seconds=0.01)
+        reports = Rig(node, poll_seconds=60, fast_seconds=0.01)
         reports.peer(1).rx = 1000
         assert await reports.poll()
         await node.send(delta(1, 2, removals=[PEERS[1]]), delta(2, 3, [PEERS[1]]))
@@ -122,7 +134,7 @@ async def test_client_that_comes_back_between_two_readings_does_not_wait_for_a_t
             running.cancel()
 
 
-async def test_sessions_are_counted_from_handshakes(reports: Reports) -> None:
+async def test_sessions_are_counted_from_handshakes(reports: Rig) -> None:
     reports.peer(1).handshake = int(reports.node.now)
     await reports.poll()
     assert reports.node.counters.sessions == 1
@@ -131,7 +143,7 @@ async def test_sessions_are_counted_from_handshakes(reports: Reports) -> None:
     assert reports.node.counters.sessions == 0
 
 
-async def test_host_that_does_not_answer_is_survived(reports: Reports) -> None:
+async def test_host_that_does_not_answer_is_survived(reports: Rig) -> None:
     reports.node.wireguard.failing["stats"] = DriverError("interrupted")
     assert await reports.poll() == []
     reports.node.wireguard.failing.clear()
@@ -139,7 +151,7 @@ async def test_host_that_does_not_answer_is_survived(reports: Reports) -> None:
     assert len(await reports.poll()) == 1
 
 
-async def test_without_a_link_nothing_is_counted_as_reported(reports: Reports) -> None:
+async def test_without_a_link_nothing_is_counted_as_reported(reports: Rig) -> None:
     reports.outbox.close()
     reports.peer(1).rx = 1
     await reports.poll()

@@ -269,7 +269,7 @@ async def test_logins_count_in_the_guard_beside_peers(tmp_path: Path) -> None:
         assert (answer.removes, answer.present) == (30, 50)
         assert len(node.logins()) == 30
         answers = await node.send(welcome(SCOPE))
-        assert [type(answer) for answer in answers][0] == Refused
+        assert isinstance(answers[0], Refused)
         assert len(node.logins()) == 30
         await node.send(welcome(SCOPE, ACCOUNTS), snapshot(crowd[:1], 3, scope=ACCOUNTS, confirmed=True))
         await has(node, ACCOUNTS, crowd[:1], 3)
