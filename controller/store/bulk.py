@@ -25,10 +25,10 @@ class Bulk:
         self._names = list(names)
         self._texts: dict[str, str] = {}
 
-    async def run(self, connection: AsyncConnection, rows: Sequence[tuple[Any, ...]]) -> None:
+    async def run(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
         if rows:
             text = self._texts.get(connection.dialect.name) or self._compile(connection.dialect)
-            await connection.exec_driver_sql(text, list(rows))
+            await connection.exec_driver_sql(text, rows)
 
     def _compile(self, dialect: sa.Dialect) -> str:
         insert = postgresql.insert if dialect.name == "postgresql" else sqlite.insert

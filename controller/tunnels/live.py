@@ -244,8 +244,8 @@ class LiveStates:
                 log.warning("tunnels.counter_quarantined", connection_id=entry.id, node_id=node_id)
 
     def _settle(self, node_id: str, counted: Counted, moment: datetime) -> None:
-        for protocol, (rx, tx) in counted.traffic.items():
-            self._metrics.count_traffic(node_id, protocol, rx, tx)
+        for protocol in counted.moved:
+            self._metrics.count_traffic(node_id, protocol, counted.rx[protocol], counted.tx[protocol])
         for connection_id, rx, tx in counted.connections:
             self._ledger.serve(connection_id, rx, tx, moment)
         for entry in counted.quarantined:
@@ -314,8 +314,8 @@ class LiveStates:
     async def _forget_deleted(self) -> None:
         """Accounts were deleted while their sessions moved bytes: there is nobody to count them for."""
         batch = self.book.take()
-        users = {entry.user_id for entry in batch.sessions.values()} | {key[0] for key in batch.moved}
         self.book.put_back(batch)
+        users = batch.users()
         async with self._database.connect() as connection:
             self.book.forget_users(users - await accounts.existing(connection, users))
 

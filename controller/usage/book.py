@@ -20,7 +20,7 @@ _MAX_ID = 64
 _EXACT = frozenset(Protocol) - {Protocol.WIREGUARD}
 
 Key = tuple[str, str]  # node id, session id
-UsageKey = tuple[str, str, str, int]  # user id, node id, protocol, Unix seconds of the hour
+Place = tuple[str, str, int]  # node id, protocol, Unix seconds of the hour
 _K = TypeVar("_K")
 
 
@@ -92,9 +92,12 @@ class Entry:
 
 @dataclass(slots=True)
 class Counted:
-    """What a report brought."""
+    """What a report brought: bytes by protocol, and the parts of the batch that it goes into."""
 
-    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)  # protocol -> rx, tx
+    changed: dict[str, Entry]
+    moved: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by protocol and user
+    rx: Counter[str] = field(default_factory=Counter)
+    tx: Counter[str] = field(default_factory=Counter)
     connections: list[tuple[str, int, int]] = field(default_factory=list)  # that live: id, rx, tx
     quarantined: list[Entry] = field(default_factory=list)
     news: bool = False  # a session began or ended
@@ -105,12 +108,42 @@ class Counted:
 class Batch:
     """What is to be written together."""
 
-    sessions: dict[Key, Entry] = field(default_factory=dict)
-    moved: dict[UsageKey, tuple[int, int]] = field(default_factory=dict)
+    sessions: dict[str, dict[str, Entry]] = field(default_factory=dict)  # by node and id
+    moved: dict[Place, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by user
     used: dict[tuple[str, int], int] = field(default_factory=dict)  # node id, account -> the node's own count
 
     def __bool__(self) -> bool:
-        return bool(self.sessions or self.moved or self.used)
+        return bool(self.moved or self.used or any(self.sessions.values()))
+
+    def change(self, entry: Entry) -> None:
+        sessions = self.sessions.get(entry.node_id)
+        if sessions is None:
+            sessions = self.sessions[entry.node_id] = {}
+        sessions[entry.id] = entry
+
+    def move(self, place: Place, user_id: str, rx: int, tx: int) -> None:
+        moved = self.moved.get(place)
+        if moved is None:
+            moved = self.moved[place] = {}
+        former = moved.get(user_id)
+        moved[user_id] = (rx, tx) if former is None else (former[0] + rx, former[1] + tx)
+
+    def users(self) -> set[str]:
+        """Whose sessions and bytes are in it."""
+        found = {entry.user_id for sessions in self.sessions.values() for entry in sessions.values()}
+        return found.union(*self.moved.values())
+
+    def without(self, user_ids: Collection[str]) -> Batch:
+        batch = Batch(used=self.used)
+        for sessions in self.sessions.values():
+            for entry in sessions.values():
+                if entry.user_id not in user_ids:
+                    batch.change(entry)
+        for place, moved in self.moved.items():
+            for user_id, (rx, tx) in moved.items():
+                if user_id not in user_ids:
+                    batch.move(place, user_id, rx, tx)
+        return batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +192,7 @@ class Book:
 
     def record(self, node_id: str, report: Report, now: float) -> Counted:
         """Count a report that is new."""
-        counted = Counted()
+        counted = Counted(self._batch.sessions.setdefault(node_id, {}))
         if report.complete:
             # A link begins: another controller may have counted this node meanwhile, and the node may have lost its
             # disk. What is said of it is compared with the database before anything is counted.
@@ -193,7 +226,7 @@ class Book:
         `owners` has the user of each session that may be new; the others are nobody's. After a roll call `found` has
         all that are open in the database, and those that the node does not have any more end.
         """
-        counted = Counted()
+        counted = Counted(self._batch.sessions.setdefault(node_id, {}))
         if call is not None and self.calls.get(node_id) is call:
             del self.calls[node_id]
         else:
@@ -243,7 +276,7 @@ class Book:
     ) -> None:
         """A WireGuard connection moved bytes; `heard` = from the client. `handshake`: Unix seconds, 0 = never."""
         if rx or tx:
-            self._moved(user_id, node_id, Protocol.WIREGUARD, rx, tx, now)
+            self._batch.move((node_id, Protocol.WIREGUARD, int(now) // HOUR * HOUR), user_id, rx, tx)
         entry = next(iter(self.of_connection(connection_id)), None)
         if entry is None:
             if not heard or not handshake:
@@ -256,7 +289,7 @@ class Book:
         if heard:
             entry.heard = now
             entry.remote = remote if remote.isprintable() else ""
-        self._batch.sessions[entry.key] = entry
+        self._batch.change(entry)
 
     def end_silent(self, now: float) -> None:
         silent = [entry for entry in self if not entry.exact and now - entry.heard >= SILENCE]
@@ -273,16 +306,14 @@ class Book:
     def end(self, entry: Entry, moment: int, reason: str) -> None:
         entry.ended, entry.reason = max(moment, entry.since), reason
         self._drop(entry)
-        self._batch.sessions[entry.key] = entry
+        self._batch.change(entry)
 
     def forget_users(self, user_ids: Collection[str]) -> None:
         """They were deleted, with all that was stored of them."""
         for user_id in user_ids:
             for entry in list(self.of_user(user_id)):
                 self._drop(entry)
-        batch = self._batch
-        batch.sessions = {key: entry for key, entry in batch.sessions.items() if entry.user_id not in user_ids}
-        batch.moved = {key: moved for key, moved in batch.moved.items() if key[0] not in user_ids}
+        self._batch = self._batch.without(user_ids)
 
     def take(self) -> Batch:
         """What changed since the last call; `put_back` where it could not be written."""
@@ -290,44 +321,51 @@ class Book:
         return taken
 
     def written(self, batch: Batch) -> None:
-        for entry in batch.sessions.values():
-            entry.stored, entry.reopened = True, False
+        for sessions in batch.sessions.values():
+            for entry in sessions.values():
+                entry.stored, entry.reopened = True, False
 
     def put_back(self, batch: Batch) -> None:
         newer, self._batch = self._batch, batch
-        batch.sessions |= newer.sessions
-        for usage, (rx, tx) in newer.moved.items():
-            former = batch.moved.get(usage, (0, 0))
-            batch.moved[usage] = former[0] + rx, former[1] + tx
+        for sessions in newer.sessions.values():
+            for entry in sessions.values():
+                batch.change(entry)
+        for place, moved in newer.moved.items():
+            for user_id, (rx, tx) in moved.items():
+                batch.move(place, user_id, rx, tx)
         for lease, used in newer.used.items():
             batch.used[lease] = max(batch.used.get(lease, 0), used)
 
     def _count(self, entry: Entry, sample: SessionStats, now: float, counted: Counted) -> None:
-        rx, tx = max(sample.rx - entry.rx, 0), max(sample.tx - entry.tx, 0)  # a falling counter is no news
-        if rx or tx:
-            if max(rx, tx) <= self._max_bytes_per_second * (max(now - entry.heard, 0.0) + _GRACE):
+        """The one path that runs for every session of every report: it calls as little as it can."""
+        rx, tx = sample.rx - entry.rx, sample.tx - entry.tx
+        if rx > 0 or tx > 0:
+            rx, tx = rx if rx > 0 else 0, tx if tx > 0 else 0  # a falling counter is no news
+            seconds = now - entry.heard if now > entry.heard else 0.0
+            possible = self._max_bytes_per_second * (seconds + _GRACE)
+            if rx <= possible and tx <= possible:
                 entry.rx += rx
                 entry.tx += tx
                 entry.heard = now
-                self._moved(entry.user_id, entry.node_id, entry.protocol, rx, tx, now)
-                former = counted.traffic.get(entry.protocol, (0, 0))
-                counted.traffic[entry.protocol] = former[0] + rx, former[1] + tx
+                moved = counted.moved.get(entry.protocol)
+                if moved is None:
+                    place = entry.node_id, entry.protocol, int(now) // HOUR * HOUR
+                    moved = counted.moved[entry.protocol] = self._batch.moved.setdefault(place, {})
+                former = moved.get(entry.user_id)
+                moved[entry.user_id] = (rx, tx) if former is None else (former[0] + rx, former[1] + tx)
+                counted.rx[entry.protocol] += rx
+                counted.tx[entry.protocol] += tx
             else:
                 rx = tx = 0
                 counted.quarantined.append(entry)
+        else:
+            rx = tx = 0
+        counted.changed[entry.id] = entry
         if entry.connection_id is not None:
             counted.connections.append((entry.connection_id, rx, tx))
         if sample.ended:
             counted.news = True
             self.end(entry, min(sample.ended, int(now)), _text(sample.reason))
-        else:
-            self._batch.sessions[entry.node_id, entry.id] = entry
-
-    def _moved(self, user_id: str, node_id: str, protocol: str, rx: int, tx: int, now: float) -> None:
-        key = user_id, node_id, protocol, int(now) // HOUR * HOUR
-        moved = self._batch.moved
-        former = moved.get(key)
-        moved[key] = (rx, tx) if former is None else (former[0] + rx, former[1] + tx)
 
     def _reopened(self, entry: Entry | None) -> Entry | None:
         """One that was given up too early: the node still has news of it."""

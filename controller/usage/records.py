@@ -32,7 +32,7 @@ class Changes:
     """The rows of a batch, all of one moment: the book goes on counting while they are written."""
 
     def __init__(self, batch: Batch) -> None:
-        entries = [entry for _, entry in sorted(batch.sessions.items())]
+        entries = [sessions[name] for _, sessions in sorted(batch.sessions.items()) for name in sorted(sessions)]
         began = [entry for entry in entries if not entry.stored]
         ended = [entry for entry in entries if entry.ended]
         self.batch = batch
@@ -49,7 +49,11 @@ class Changes:
                 self.changes.append((*end, entry.rx, entry.tx, entry.node_id, entry.id))
             else:
                 self.moves.append((entry.rx, entry.tx, entry.node_id, entry.id))
-        self.usage = [(*key[:3], key[3] * MICROSECONDS, *moved) for key, moved in sorted(batch.moved.items())]
+        self.usage = [
+            (user_id, node_id, protocol, hour * MICROSECONDS, *moved[user_id])
+            for (node_id, protocol, hour), moved in sorted(batch.moved.items())
+            for user_id in sorted(moved)
+        ]
 
 
 class Records:
@@ -100,9 +104,9 @@ class Records:
                 await connection.scalars(sa.select(LimitsRow.user_id).where(LimitsRow.quota_bytes.is_not(None)))
             )
         used: defaultdict[str, int] = defaultdict(int)
-        for key, (rx, tx) in batch.moved.items():
-            if key[0] in self._metered:
-                used[key[0]] += rx + tx
+        for moved in batch.moved.values():
+            for user_id in self._metered & moved.keys():
+                used[user_id] += sum(moved[user_id])
         await _USE_QUOTA.run(connection, [(count, user_id) for user_id, count in sorted(used.items())])
         return sorted(used)
 
