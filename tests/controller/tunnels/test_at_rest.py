@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 
+from controller.access.tables import CredentialRow
 from controller.desired.tables import DesiredRow
 from controller.tunnels.tables import ConnectionRow
 
@@ -33,6 +35,28 @@ async def test_nothing_of_an_ended_connection_is_left_in_the_file(world: Any, tm
     for sealed in (kept.sealed_private_key, kept.sealed_preshared_key, *payloads):
         assert held(tmp_path, sealed) == []
     assert held(tmp_path, made.id.encode()) == ["controller.db"]
+
+
+@pytest.mark.parametrize("protocol", ["openvpn", "ssh", "l2tp"])
+async def test_nothing_of_an_ended_login_is_left_in_the_file(world: Any, tmp_path: Path, protocol: str) -> None:
+    tunnels = world.tunnels()
+    made = await tunnels.create(world.alice, "skynet", world.nodes[-1], protocol)
+    config = await tunnels.client_config(world.alice, made.id)
+    [login] = await world.credentials()
+    await checkpoint(world)
+    for name in ("password", "private_key", "tls_crypt"):
+        assert held(tmp_path, getattr(config, name, "not there").encode()) == []
+    assert login.secret == "" or held(tmp_path, login.secret.encode()) == []
+    async with world.database.read() as session:
+        kept = (await session.scalars(sa.select(CredentialRow))).one()
+        payload = await session.scalar(sa.select(DesiredRow.payload).where(DesiredRow.key == login.key))
+    columns = [kept.sealed_secret, kept.sealed_password, kept.sealed_private_key, kept.sealed_tls_crypt]
+    sealed = [value for value in (*columns, payload) if value is not None]
+    assert len(sealed) == (4 if protocol == "openvpn" else 3)
+    assert all(held(tmp_path, value) == ["controller.db"] for value in sealed)
+    await tunnels.terminate(world.alice, made.id)
+    await checkpoint(world)
+    assert not any(held(tmp_path, value) for value in sealed)
 
 
 async def checkpoint(world: Any) -> None:
