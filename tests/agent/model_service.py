@@ -15,7 +15,8 @@ from shared.services import Server
 class ModelHostOf:
     """What stays when the agent is killed: the server, its logins and its sessions."""
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: Protocol) -> None:
+        self.protocol = protocol
         self.spec: Server | None = None
         self.logins: dict[str, Credential] = {}
         self.live: dict[str, LiveSession] = {}
@@ -28,7 +29,7 @@ class ModelHostOf:
         assert username in self.logins, "the host lets nobody in who has no login"
         self._sessions += 1
         values: dict[str, object] = {
-            "id": f"session-{self._sessions}",
+            "id": f"{self.protocol}-{self._sessions}",
             "username": username,
             "remote": "198.51.100.7:4000",
             "address": f"10.70.0.{self._sessions + 1}",
@@ -151,7 +152,7 @@ class ModelHosts:
     """The servers of one host; `open` makes drivers for it, as often as an agent starts there."""
 
     def __init__(self) -> None:
-        self.hosts = {protocol: ModelHostOf() for protocol in Protocol if protocol != Protocol.WIREGUARD}
+        self.hosts = {protocol: ModelHostOf(protocol) for protocol in Protocol if protocol != Protocol.WIREGUARD}
         self.drivers: dict[Protocol, ModelService] = {}
         self.failing: dict[Protocol, dict[str, Exception]] = {}  # from the start
 
