@@ -17,9 +17,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_der_priv
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from controller.desired import service as desired
 from controller.fleet import certificates, tlscrypt
 from controller.fleet.certificates import Issuer
-from controller.fleet.tables import FleetKeyRow
+from controller.fleet.tables import FleetKeyRow, NodeRow
 from controller.secretbox import SecretBox
 from controller.store.database import Database, Transaction
 from controller.store.types import now
@@ -80,6 +81,7 @@ async def load_keys(database: Database) -> VpnKeys:
         rows = await _rows(session)
     if not {_AUTHORITY, _TLS_CRYPT, IPSEC_PSK} <= rows.keys():
         async with database.transaction() as tx:
+            await _prove_secrets(tx)
             await _make(tx)
             rows = await _rows(tx.session)
     authority = rows[_AUTHORITY]
@@ -104,6 +106,13 @@ def new_psk() -> str:
 
 async def _rows(session: AsyncSession) -> dict[str, FleetKeyRow]:
     return {row.name: row for row in await session.scalars(sa.select(FleetKeyRow))}
+
+
+async def _prove_secrets(tx: Transaction) -> None:
+    """Seal nothing new with keys that do not open what is there: they are another database's."""
+    node_id = await tx.session.scalar(sa.select(NodeRow.id).limit(1))
+    if node_id is not None:
+        await desired.state(await tx.session.connection(), tx.secrets, desired.node_scope(node_id))
 
 
 async def _make(tx: Transaction) -> None:

@@ -15,13 +15,19 @@ from structlog.testing import capture_logs
 from controller.accounts.principal import Plan
 from controller.fleet.directory import Directory, ServerStatus
 from controller.fleet.errors import ServerNotFound
+from controller.fleet.identities import Admitted
 from controller.fleet.metrics import FleetMetrics
 from controller.fleet.nodes import NodeSpec, NodeStatus
-from controller.fleet.service import Fleet, FleetSettings
+from controller.fleet.offer import Offer
+from controller.fleet.protocols import Protocols
+from controller.fleet.service import Fleet
+from controller.fleet.settings import FleetSettings
 from controller.fleet.tables import NodeRow
+from controller.fleet.vpnkeys import load_keys
 from controller.store.database import Database, Topic
 from controller.store.types import now
 from shared.protocol import Load
+from shared.resource import Protocol
 from tests.support.node_port import until
 
 
@@ -146,3 +152,37 @@ async def test_a_database_error_leaves_the_servers_listed(
         await connection.execute(sa.text("ALTER TABLE hidden RENAME TO nodes"))
     await fleet.set_status("us-1", NodeStatus.MAINTENANCE)
     await until(lambda: directory.servers(Plan.FREE)[0].status == ServerStatus.MAINTENANCE)
+
+
+async def test_a_server_has_what_its_node_says_of_itself(
+    database: Database, directory: Directory, fleet: Fleet
+) -> None:
+    node_id = await enrolled(database, fleet, "us-1")
+    await until(lambda: directory.servers(Plan.FREE))
+    before = directory.known(node_id)
+    assert (before.protocols, before.ssh_host_keys, before.ledger) == (("wireguard",), (), "")
+    revision = directory.revision
+    keys = tuple(f"ssh-ed25519 {letter * 68}" for letter in "AB")
+    settings = FleetSettings(channel_address="127.0.0.1:8443", ipv4_pool=ip_network("10.66.0.0/16"))
+    protocols = Protocols(database, settings, await load_keys(database))
+    offer = Offer((Protocol.OPENVPN, Protocol.SSH), keys, "ledger-1")
+    await protocols.offer(Admitted(node_id, "us-1", "1", Offer()), offer)
+    await until(lambda: directory.revision > revision)
+    now_ = directory.known(node_id)
+    assert (now_.protocols, now_.ssh_host_keys, now_.ledger) == (("openvpn", "ssh"), keys, "ledger-1")
+    assert directory.server(Plan.FREE, node_id) == now_
+
+
+async def test_the_latest_load_is_there_while_the_node_is(
+    database: Database, directory: Directory, fleet: Fleet
+) -> None:
+    node_id = await enrolled(database, fleet, "us-1")
+    await until(lambda: directory.servers(Plan.FREE))
+    assert (directory.load_of(node_id), dict(directory.loads())) == (None, {})
+    directory.set_online(node_id, True)
+    told = Load(total=40.4, cpu=40.4, memory=20, bandwidth=1, peers=0, disk=70, rx_rate=1e6, tx_rate=2e6)
+    directory.set_load(node_id, told)
+    assert (directory.load_of(node_id), dict(directory.loads())) == (told, {node_id: told})
+    assert directory.known(node_id).load == 40
+    directory.set_online(node_id, False)
+    assert directory.load_of(node_id) is None

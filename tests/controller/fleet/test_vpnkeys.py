@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from functools import partial
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,9 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 
 from controller.fleet import certificates, tlscrypt
 from controller.fleet.errors import CertificateRequestInvalid
+from controller.fleet.nodes import NodeSpec
+from controller.fleet.service import Fleet
+from controller.fleet.settings import FleetSettings
 from controller.fleet.tables import FleetKeyRow
 from controller.fleet.vpnkeys import IPSEC_PSK, VpnKeys, load_keys, open_key
 from controller.secretbox import SecretBox, SecretUnreadable
@@ -93,6 +97,17 @@ async def test_the_keys_rest_sealed_and_open_only_with_the_secret(
     database.secrets = SecretBox({"k2": bytes(range(32))}, "k2")
     with pytest.raises(SecretUnreadable):
         await load_keys(database)
+
+
+async def test_nothing_is_sealed_with_keys_that_do_not_open_what_is_there(database: Database) -> None:
+    settings = FleetSettings(channel_address="127.0.0.1:8443", ipv4_pool=ip_network("10.66.0.0/16"))
+    spec = NodeSpec(name="fra1", country="DE", city="Frankfurt")
+    await Fleet(database, bytes(32), settings).issue_join_token(spec)
+    right, database.secrets = database.secrets, SecretBox({"k1": bytes(range(32))}, "k1")
+    with pytest.raises(SecretUnreadable):
+        await load_keys(database)
+    database.secrets = right
+    await load_keys(database)
 
 
 async def test_a_psk_made_by_default_is_long_random_and_typeable(database: Database, keys: VpnKeys) -> None:
