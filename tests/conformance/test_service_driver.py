@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 
 from agent.drivers.base import DriverError, LiveSession, ServiceDriver
+from tests.support.openssh import SshRig
 from tests.support.openvpn import OpenVpnRig
 from tests.support.rig import Rig, ServiceClient
 
-RIGS = [pytest.param(OpenVpnRig, id="openvpn", marks=pytest.mark.netns)]
+RIGS = [
+    pytest.param(OpenVpnRig, id="openvpn", marks=pytest.mark.netns),
+    pytest.param(SshRig, id="ssh", marks=pytest.mark.netns),
+]
 
 
 @pytest.fixture(params=RIGS)

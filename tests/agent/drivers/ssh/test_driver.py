@@ -16,7 +16,8 @@ import pytest
 
 from agent.drivers.base import DriverError, LiveSession, Unsupported
 from agent.drivers.ssh import Ssh
-from tests.agent.drivers.ssh.conftest import (
+from tests.support.netns import Namespace
+from tests.support.openssh import (
     CLIENT,
     ECHO_PORT,
     FAR,
@@ -32,7 +33,6 @@ from tests.agent.drivers.ssh.conftest import (
     eventually,
     text_of,
 )
-from tests.support.netns import Namespace
 
 pytestmark = pytest.mark.netns
 
@@ -76,6 +76,10 @@ def _echoed(opened: socket.socket, data: bytes) -> None:
         if not received:
             raise ConnectionResetError
         missing -= len(received)
+
+
+async def gone(net: Net, pid: int) -> bool:
+    return pid not in net.node.pids()
 
 
 def new_key(directory: Path) -> tuple[Path, str]:
@@ -513,6 +517,7 @@ async def test_an_sshd_that_was_killed_is_started_again_and_its_sessions_live(ne
     (before,) = await begun(driver)
     pid = int((net.directory / "ssh/sshd.pid").read_text())
     os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: gone(net, pid))
 
     await driver.ensure(SPEC)
     net.ssh("-L", f"127.0.0.1:{LOCAL + 1}:{FAR}:{ECHO_PORT}")
@@ -535,9 +540,12 @@ async def test_another_port_leaves_live_sessions_alone(net: Net, driver: Ssh) ->
     (after,) = await driver.sessions()
     assert after.id == before.id
     assert after.rx >= before.rx + 500_000
-    net.ssh(*FORWARD[:1], f"127.0.0.1:{LOCAL + 1}:{FAR}:{ECHO_PORT}", "-p", str(PORT + 1))
-    await driver.sessions()
+    net.ssh("-L", f"127.0.0.1:{LOCAL + 1}:{FAR}:{ECHO_PORT}", port=PORT + 1)
+    assert before.id in {session.id for session in await begun(driver, 2)}
     opened.close()
+    pid = (net.directory / "ssh/sshd.pid").read_text()
+    await driver.ensure(msgspec.structs.replace(SPEC, port=PORT + 1, keepalive=30))
+    assert (net.directory / "ssh/sshd.pid").read_text() == pid
 
 
 async def test_a_port_that_is_taken_changes_nothing(net: Net, driver: Ssh) -> None:
@@ -609,6 +617,25 @@ async def test_host_keys_are_what_a_client_sees(net: Net, driver: Ssh) -> None:
     assert [key.split()[0] for key in found] == ["ssh-ed25519", "ecdsa-sha2-nistp256"]
     for path in (net.directory / "ssh").glob("ssh_host_*"):
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_login_does_not_get_in_by_the_admins_own_sshd_for_long(net: Net, driver: Ssh) -> None:
+    other = net.directory / "admin"
+    other.write_text(f"Port 22\nHostKey {net.directory}/ssh/ssh_host_ed25519_key\nPidFile none\nUsePAM no\n")
+    net.node.run("/usr/sbin/sshd", "-f", str(other))
+    client = net.ssh(port=22)
+
+    async def is_in() -> bool:
+        return any(title.endswith("sshd: alice") for title in net.sshds())
+
+    await eventually(is_in)
+
+    await driver.ensure(SPEC)
+
+    assert await asyncio.to_thread(client.wait, 20) == 255
+    (session,) = await driver.sessions()
+    assert session.reason == "it came in by another sshd of this host"
+    assert any(f"-f {other}" in title for title in net.sshds()), net.sshds()
 
 
 async def test_two_hosts_on_one_machine_do_not_see_each_other(net: Net, driver: Ssh) -> None:
