@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ from controller.accounts.principal import Plan, Role
 from controller.config import Config, LogLevel, read_config
 from controller.errors import DomainError, Unusable
 from controller.fleet.nodes import INTERFACE, NodeSpec, NodeStatus
+from controller.usage.periods import Period
 from shared import __version__
+from shared.resource import Protocol
 from shared.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = Path("/etc/skynetvpn/controller.yaml")
 _FAILED = 1
+_LIMITS = ("quota_bytes", "quota_period", "expires_at", "max_sessions", "rate_up", "rate_down")
 
 Command = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
 
@@ -73,12 +76,53 @@ async def _run(arguments: argparse.Namespace) -> None:
 async def _user_add(arguments: argparse.Namespace) -> None:
     if not arguments.password_stdin:
         raise SystemExit("skynetvpn-controller: give the password on standard input, with --password-stdin")
-    password = (await asyncio.to_thread(sys.stdin.readline)).rstrip("\n")
+    password = await _password()
+    role, plan = Role(arguments.role), Plan(arguments.plan)
     async with _services(arguments) as services:
-        user = await services.accounts.create_user(
-            arguments.name, arguments.email, password, Role(arguments.role), Plan(arguments.plan)
+        member = await services.members.create(
+            arguments.name, arguments.email, password, arguments.protocols, role=role, plan=plan
         )
-    print(f"added {user.username} ({user.role}, plan {user.plan})")
+    print(f"added {member.user.username} ({role}, plan {plan})")
+
+
+async def _user_list(arguments: argparse.Namespace) -> None:
+    async with _services(arguments) as services:
+        users = await services.administration.list_users()
+    print("NUMBER\tNAME\tEMAIL\tROLE\tPLAN\tSTATE\tPROTOCOLS")
+    for user in users:
+        protocols = "any" if user.protocols is None else ",".join(user.protocols) or "none"
+        state = "active" if user.active else "inactive"
+        print(f"{user.number}\t{user.username}\t{user.email}\t{user.role}\t{user.plan}\t{state}\t{protocols}")
+
+
+async def _user_set(arguments: argparse.Namespace) -> None:
+    limits = {name: getattr(arguments, name) for name in _LIMITS if hasattr(arguments, name)}
+    password = await _password() if arguments.password_stdin else None
+    async with _services(arguments) as services:
+        member = await services.members.named(arguments.name)
+        changed = await services.members.change(
+            member.user.number,
+            email=arguments.email,
+            password=password,
+            active=arguments.active,
+            protocols=arguments.protocols,
+            limits=limits,
+        )
+    told = {name: getattr(changed.limits, name) for name in _LIMITS}
+    shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items() if value is not None)
+    print(f"{changed.user.username}: {'active' if changed.user.active else 'inactive'}, {shown}")
+
+
+async def _user_delete(arguments: argparse.Namespace) -> None:
+    async with _services(arguments) as services:
+        member = await services.members.named(arguments.name)
+        await services.members.delete(member.user.number)
+    print(f"deleted {arguments.name}")
+
+
+async def _password() -> str:
+    line: str = await asyncio.to_thread(sys.stdin.readline)
+    return line.rstrip("\n")
 
 
 async def _node_token(arguments: argparse.Namespace) -> None:
@@ -179,6 +223,24 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--role", choices=[role.value for role in Role], default=Role.USER.value)
     add.add_argument("--plan", choices=[plan.value for plan in Plan], default=Plan.FREE.value)
     add.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
+    add.add_argument(
+        "--protocols", type=_protocols, metavar="P,P", help="that it may use, with a login of its own each"
+    )
+    _add(user, "list", _user_list, "list the accounts")
+    change = _add(user, "set", _user_set, "change an account and its limits; what is not given stays")
+    change.add_argument("name", metavar="NAME")
+    change.add_argument("--email")
+    change.add_argument("--password-stdin", action="store_true", help="read a new password from standard input")
+    change.add_argument("--active", type=_yes_or_no, metavar="yes|no")
+    change.add_argument("--protocols", type=_protocols, metavar="P,P", help="that it may use, with a login each")
+    period = "|".join(period.value for period in Period)
+    change.add_argument("--quota-bytes", type=_number_or_none, metavar="N|none", default=argparse.SUPPRESS)
+    change.add_argument("--quota-period", type=Period, metavar=period, default=argparse.SUPPRESS)
+    change.add_argument("--expires-at", type=_moment_or_none, metavar="TIME|none", default=argparse.SUPPRESS)
+    change.add_argument("--max-sessions", type=_number_or_none, metavar="N|none", default=argparse.SUPPRESS)
+    change.add_argument("--rate-up", type=_number_or_none, metavar="BIT/S|none", default=argparse.SUPPRESS)
+    change.add_argument("--rate-down", type=_number_or_none, metavar="BIT/S|none", default=argparse.SUPPRESS)
+    _add(user, "delete", _user_delete, "delete an account, and end what it uses").add_argument("name", metavar="NAME")
 
     node = commands.add_parser("node", help="VPN hosts").add_subparsers(required=True, metavar="COMMAND")
     token = _add(node, "token", _node_token, "print a join token for a new host, or for one that joins again")
@@ -199,6 +261,26 @@ def _parser() -> argparse.ArgumentParser:
     confirm = _add(node, "confirm", _node_confirm, "allow the mass removal that a node refused")
     confirm.add_argument("name", metavar="NAME")
     return parser
+
+
+def _protocols(text: str) -> list[str]:
+    return [Protocol(name) for name in text.split(",") if name]
+
+
+def _yes_or_no(text: str) -> bool:
+    return {"yes": True, "no": False}[text]
+
+
+def _number_or_none(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+def _moment_or_none(text: str) -> datetime | None:
+    """RFC 3339; a day alone begins at midnight UTC."""
+    if text == "none":
+        return None
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def _add(

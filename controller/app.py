@@ -88,6 +88,7 @@ class Services:
     accounts: Accounts
     administration: Administration
     members: Members
+    keys: VpnKeys
     refresh: Refresh  # brings the nodes to what an account may do now
 
 
@@ -97,7 +98,6 @@ class Controller:
 
     services: Services
     directory: Directory
-    keys: VpnKeys
     protocols: Protocols
     live: LiveStates
     sessions: Sessions
@@ -135,6 +135,7 @@ async def services(config: Config) -> AsyncIterator[Services]:
         database = open_database(config.database_url, secrets)
         stack.push_async_callback(database.close)
         await migrate(database)
+        keys = await load_keys(database)  # first of all: with other secrets than before nothing may be written
         passwords = Passwords(config.passwords)
         stack.callback(passwords.close)
         access = Access(passwords, Peers(pool).refresh)
@@ -148,15 +149,16 @@ async def services(config: Config) -> AsyncIterator[Services]:
 
         members = Members(database, accounts, administration, access, Limits(refresh))
         fleet = Fleet(database, authority.pin, settings)
-        yield Services(database, authority, settings, fleet, passwords, accounts, administration, members, refresh)
+        yield Services(
+            database, authority, settings, fleet, passwords, accounts, administration, members, keys, refresh
+        )
 
 
 async def compose(services: Services, config: Config, registry: CollectorRegistry) -> Controller:
     database = services.database
     fleet_metrics = FleetMetrics(registry)
     directory = Directory(database, fleet_metrics)
-    keys = await load_keys(database)
-    protocols = Protocols(database, services.fleet_settings, keys)
+    protocols = Protocols(database, services.fleet_settings, services.keys)
     live = LiveStates(
         database,
         TunnelMetrics(registry, directory.name),
@@ -183,7 +185,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         database,
         directory,
         live,
-        Logins(services.passwords, keys),
+        Logins(services.passwords, services.keys),
         TunnelSettings(
             pool=_pool(config),
             dns=config.tunnel.dns,
@@ -209,7 +211,6 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
     return Controller(
         services,
         directory,
-        keys,
         protocols,
         live,
         sessions,

@@ -8,11 +8,11 @@ from typing import Any
 
 from controller.access.service import Access
 from controller.accounts.administration import Administration
+from controller.accounts.principal import Plan, Role
 from controller.accounts.service import Accounts, User
 from controller.store.database import Database, Transaction
 from controller.usage import limits
 from controller.usage.limits import AccountLimits, Limits
-from controller.usage.sessions import Sessions
 from shared.resource import Protocol
 
 
@@ -31,14 +31,12 @@ class Members:
         administration: Administration,
         access: Access,
         limits: Limits,
-        sessions: Sessions,
     ) -> None:
         self._database = database
         self._accounts = accounts
         self._administration = administration
         self._access = access
         self._limits = limits
-        self._sessions = sessions
 
     async def list_users(self) -> list[User]:
         return await self._administration.list_users()
@@ -47,19 +45,30 @@ class Members:
         """Raise UserNotFound."""
         return await self._member(await self._administration.user_by_number(number))
 
-    async def create(self, username: str, email: str, password: str, protocols: Sequence[str]) -> Member:
-        """A new account with a credential of each protocol on every node that offers it, all in one transaction.
+    async def create(
+        self,
+        username: str,
+        email: str,
+        password: str,
+        protocols: Sequence[str] | None,
+        *,
+        role: Role = Role.USER,
+        plan: Plan = Plan.FREE,
+    ) -> Member:
+        """A new account with a login of each protocol on every node that offers it, all in one transaction.
 
-        Raise InvalidInput, UsernameTaken or EmailTaken.
+        Without `protocols` it may use whatever its servers offer, by connections. Raise InvalidInput, UsernameTaken or
+        EmailTaken.
         """
-        wanted = _in_order(protocols)
-        secrets = await self._access.prepare(password, wanted)
+        wanted = _in_order(protocols) if protocols is not None else None
+        secrets = await self._access.prepare(password, wanted) if wanted is not None else None
 
         async def grant(tx: Transaction, user: User) -> None:
-            await self._access.grant(tx, user.id, wanted, secrets)
+            if wanted is not None:
+                await self._access.grant(tx, user.id, wanted, secrets)
 
         return await self._member(
-            await self._accounts.create_user(username, email, password, protocols=wanted, also=grant)
+            await self._accounts.create_user(username, email, password, role, plan, protocols=wanted, also=grant)
         )
 
     async def change(
@@ -96,10 +105,9 @@ class Members:
         """Raise UserNotFound, LastAdmin."""
         await self._administration.delete_user(number)
 
-    async def kick(self, number: int) -> int:
-        """End the account's live sessions; how many there were. Raise UserNotFound."""
-        user = await self._administration.user_by_number(number)
-        return await self._sessions.kick(user_id=user.id, reason="kicked")
+    async def named(self, username: str) -> Member:
+        """Raise UserNotFound."""
+        return await self._member(await self._administration.user_by_name(username))
 
     async def _member(self, user: User) -> Member:
         async with self._database.read() as session:

@@ -70,7 +70,8 @@ class Irssh:
         return Reply({"detail": "User deleted"})
 
     async def kick_user(self, call: Call) -> Reply:
-        return Reply({"kicked": await self._members.kick(_number(call))})
+        member = await self._members.get(_number(call))
+        return Reply({"kicked": await self._sessions.kick(user_id=member.user.id)})
 
     async def list_protocols(self, call: Call) -> Reply:
         server_id = call.query_as(models.OneServer).server_id

@@ -63,7 +63,7 @@ async def panel(world: World) -> Panel:
     async def refresh(tx: Transaction, user_id: str) -> None:
         await world.access.refresh(tx, user_id)
 
-    members = Members(world.database, world.accounts, world.administration, world.access, Limits(refresh), sessions)
+    members = Members(world.database, world.accounts, world.administration, world.access, Limits(refresh))
     await world.add_node("all-1", protocols="wireguard openvpn ssh l2tp")
     await world.accounts.create_user("root-a", "root@example.com", PASSWORD, Role.ADMIN)
     return Panel(world, members, sessions)

@@ -10,9 +10,8 @@ import pytest
 
 from controller.desired.service import node_scope, protocol_scope
 from controller.store.types import now
-from shared.access import Credential
+from shared.access import Credential, SessionEnd
 from shared.crypt import verify_password
-from shared.desired import SessionEnd
 from shared.protocol import Load
 from shared.services import OpenVpnServer
 from tests.contracts.world import PASSWORD, Answer, Api, World
