@@ -20,6 +20,11 @@ _PEER_SERIES = (
     ("wireguard_latest_handshake_seconds", "gauge", "Unix time of the last handshake", "handshake"),
 )
 
+_SERVICE_BYTES = (
+    ("received", "Bytes received from clients since the agent started"),
+    ("sent", "Bytes sent to clients since the agent started"),
+)
+
 
 def render_agent(counters: Counters, now: float) -> Iterator[str]:
     yield from _series("connected", "gauge", "Whether the link to the controller is up", int(counters.connected))
@@ -38,6 +43,28 @@ def render_agent(counters: Counters, now: float) -> Iterator[str]:
     yield from _series("load", "gauge", "Load, 0 to 100", counters.load)
     expiry = counters.certificate_not_after - int(now)
     yield from _series("certificate_expiry_seconds", "gauge", "Time until the node's certificate ends", expiry)
+    if counters.server_certificate_not_after:
+        expiry = counters.server_certificate_not_after - int(now)
+        text = "Time until the certificate of the OpenVPN server ends"
+        yield from _series("server_certificate_expiry_seconds", "gauge", text, expiry)
+    yield from _render_services(counters)
+
+
+def _render_services(counters: Counters) -> Iterator[str]:
+    if not counters.server_up:
+        return
+    yield from _header("skynetvpn_agent_server_up", "gauge", "Whether the protocol's server runs as it should")
+    for protocol, up in sorted(counters.server_up.items()):
+        yield f'skynetvpn_agent_server_up{{protocol="{protocol}"}} {int(up)}\n'
+    yield from _header("skynetvpn_agent_service_sessions", "gauge", "Sessions that live now")
+    for protocol in sorted(counters.server_up):
+        live = counters.service_sessions.get(protocol, 0)
+        yield f'skynetvpn_agent_service_sessions{{protocol="{protocol}"}} {live}\n'
+    for number, (name, text) in enumerate(_SERVICE_BYTES):
+        yield from _header(f"skynetvpn_agent_service_{name}_bytes_total", "counter", text)
+        for protocol in sorted(counters.server_up):
+            value = counters.service_bytes.get(protocol, (0, 0))[number]
+            yield f'skynetvpn_agent_service_{name}_bytes_total{{protocol="{protocol}"}} {value}\n'
 
 
 def render_peers(interface: str, stats: Mapping[bytes, PeerStats], peers: Mapping[bytes, Peer]) -> Iterator[str]:

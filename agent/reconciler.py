@@ -459,6 +459,8 @@ class Reconciler:
 
     async def _settled(self, serving: Serving, outcome: Outcome) -> None:
         """A server is through with a round of work."""
+        if serving.served:
+            self._counters.server_up[serving.protocol] = serving.running is not None and serving.fault is None
         async with self._turn():
             healed = outcome.missing + outcome.unexpected + outcome.altered
             owner = self.logins.owner(serving.name)

@@ -10,6 +10,7 @@ import pytest
 
 from agent import config
 from agent.errors import AgentError
+from shared.resource import Protocol
 from shared.settings import SettingsError
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,26 @@ def test_environment_overrides_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, f"controller: c:8443\ndirectory: {tmp_path}\n")
     loaded = config.load(path, {"SKYNETVPN_AGENT_METRICS": "", "SKYNETVPN_AGENT_GUARD_MINIMUM": "3"})
     assert (loaded.metrics, loaded.guard_minimum) == ("", 3)
+
+
+def test_protocols_are_named_and_each_once(tmp_path: Path) -> None:
+    path = written(tmp_path, f"controller: c:8443\ndirectory: {tmp_path}\n")
+    assert config.load(path, {}).protocols == (Protocol.WIREGUARD,)
+    assert config.load(path, {"SKYNETVPN_AGENT_PROTOCOLS": "ssh, l2tp"}).protocols == (Protocol.SSH, Protocol.L2TP)
+    for wrong in ("ssh,ssh", "ssh,pptp"):
+        with pytest.raises(SettingsError, match="protocols"):
+            config.load(path, {"SKYNETVPN_AGENT_PROTOCOLS": wrong})
+    assert config.parse_protocols("wireguard,openvpn") == (Protocol.WIREGUARD, Protocol.OPENVPN)
+    with pytest.raises(ValueError, match="'pptp' is not one of wireguard, openvpn, ssh, l2tp"):
+        config.parse_protocols("ssh,pptp")
+
+
+def test_enrolment_writes_the_protocols_it_was_told_and_keeps_those_that_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "agent.yaml"
+    path.write_bytes(config.render(path, directory=tmp_path, controller="c:1", protocols=(Protocol.SSH,)))
+    path.write_bytes(config.render(path, directory=tmp_path, controller="c:2"))
+    loaded = config.load(path, {})
+    assert (loaded.controller, loaded.protocols) == ("c:2", (Protocol.SSH,))
 
 
 def test_missing_file_says_what_to_do(tmp_path: Path) -> None:

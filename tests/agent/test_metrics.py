@@ -41,6 +41,24 @@ def test_agent_counts_are_exposed_and_scopes_escaped() -> None:
     assert found["skynetvpn_agent_certificate_expiry_seconds"] == ({}, 60)
 
 
+def test_servers_have_a_line_for_each_protocol_and_none_where_there_are_none() -> None:
+    assert "server" not in "".join(render_agent(Counters(), 1000))
+    counters = Counters(server_up={"ssh": True, "openvpn": False}, server_certificate_not_after=1500)
+    counters.service_sessions["ssh"] = 4
+    counters.moved("ssh", 10, 20)
+    counters.moved("ssh", 1, 2)
+    lines = "".join(render_agent(counters, 1000)).splitlines()
+    for line in (
+        'skynetvpn_agent_server_up{protocol="ssh"} 1',
+        'skynetvpn_agent_server_up{protocol="openvpn"} 0',
+        'skynetvpn_agent_service_sessions{protocol="ssh"} 4',
+        'skynetvpn_agent_service_received_bytes_total{protocol="ssh"} 11',
+        'skynetvpn_agent_service_sent_bytes_total{protocol="ssh"} 22',
+        "skynetvpn_agent_server_certificate_expiry_seconds 500",
+    ):
+        assert line in lines
+
+
 async def test_endpoint_serves_many_peers_and_health() -> None:
     many = {peer(number).public_key: PeerStats(peer(number).public_key, number, 0, 0) for number in range(2000)}
     healthy = True
