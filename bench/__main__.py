@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from agent.drivers.wireguard import Backend
-from bench import api, kernel, ledger, memory, push, tunnel, wireguard
+from bench import api, kernel, ledger, memory, openvpn, push, tunnel, wireguard
 from bench.harness import Result, machine, markdown, not_measured, published, save, table
 
 _RESULTS = Path(__file__).resolve().parent / "results"
@@ -34,6 +34,7 @@ ROWS: dict[str, Callable[..., list[Result]]] = {
     "api": api.measure,
     "tunnel": tunnel.measure,
     "memory": memory.measure,
+    "openvpn": openvpn.measure,
     "ledger": ledger.measure,
 }
 

@@ -56,20 +56,25 @@ class Reader:
         self._variables: dict[str, str] = {}
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        whole, newline, rest = data.rpartition(b"\n")
+        if newline:
+            # What a client typed need not be UTF-8, and must come out as it went in: it may be a password.
+            text = (self._rest + whole).decode("utf-8", "surrogateescape")
+            self._rest = rest
+            for line in text.split("\n"):
+                message = self._message(line.removesuffix("\r"))
+                if message is not None:
+                    yield message
+        else:
+            self._rest += rest
         if len(self._rest) > MAX_LINE_BYTES:
             raise MalformedMessage("a line does not end")
-        for line in lines:
-            # What a client typed need not be UTF-8, and must come out as it went in: it may be a password.
-            message = self._message(line.removesuffix(b"\r").decode("utf-8", "surrogateescape"))
-            if message is not None:
-                yield message
 
     def _message(self, line: str) -> Message | None:
         if line.startswith(_ENV):
-            return self._variable(line.removeprefix(_ENV))
+            return self._variable(line[len(_ENV) :])
         if line.startswith(_CLIENT):
-            return self._client(line.removeprefix(_CLIENT))
+            return self._client(line[len(_CLIENT) :])
         if line.startswith(">"):
             source, _, text = line[1:].partition(":")
             return Notice(source, text)
