@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,10 +14,12 @@ import pytest
 import sqlalchemy as sa
 
 from agent.drivers.base import LiveSession, ServiceDriver
+from controller.access.ssh import PROXY
 from controller.fleet.identities import Admitted
 from controller.fleet.offer import Offer
 from controller.fleet.tables import NodeRow
 from shared.resource import Protocol
+from tests.support.openssh import ECHO_PORT, FAR, NODE, Net, connect, network
 from tests.support.openvpn import CONNECTED, OpenVpnRig
 
 pytestmark = pytest.mark.netns
@@ -23,7 +27,7 @@ pytestmark = pytest.mark.netns
 
 async def until(condition: Callable[[], Awaitable[object]], timeout: float = 30) -> None:
     async with asyncio.timeout(timeout):
-        while not await condition():  # noqa: ASYNC110 — another process changes it
+        while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -82,6 +86,49 @@ async def test_openvpn_connects_by_the_profile_as_it_is(world: Any, tmp_path: Pa
         rig.far.end(client)
         await driver.stop()
         await driver.close()
+
+
+async def test_ssh_connects_by_the_fragment_as_it_is(world: Any, tmp_path: Path) -> None:
+    fragment, known, node = tmp_path / "skynetvpn-ssh.conf", tmp_path / "known_hosts", world.nodes[-1]
+    with network(tmp_path) as net:
+        driver = net.driver()
+        offer = Offer(tuple(Protocol), tuple(await driver.host_keys()))
+        await world.protocols.offer(Admitted(node, "lon1", "1", offer), offer)
+        config = await download(world, Protocol.SSH, NODE, fragment)
+        assert config.host_keys == offer.ssh_host_keys
+        [login] = await world.credentials()
+        await driver.ensure(world.protocols.server_of(node, Protocol.SSH))
+        assert await driver.put([login]) == {}
+        save(known, "".join(f"{line[4:]}\n" for line in config.to_conf().splitlines() if line.startswith("#   ")))
+        argv = ("sshpass", "-e", "ssh", "-F", str(fragment), "-o", f"UserKnownHostsFile={known}", config.alias)
+        client = net.client.popen(*argv, env={"SSHPASS": config.password}, stdin=subprocess.DEVNULL)
+
+        async def proxied() -> bool:
+            return await asyncio.to_thread(echoed, net)
+
+        await until(proxied)
+        [session] = await live(driver)
+        assert session.username == login.username == config.username
+
+        await driver.remove([login.username])
+
+        assert not await proxied()
+        client.wait(20)
+        await driver.stop()
+        await driver.close()
+
+
+def echoed(net: Net) -> bool:
+    """Whether the echo server behind the node answers through the SOCKS proxy on the client (RFC 1928)."""
+    host, _, port = PROXY.partition(":")
+    with contextlib.suppress(OSError), connect(net.client, int(port), host) as proxy:
+        proxy.sendall(b"\x05\x01\x00")
+        if proxy.recv(2) == b"\x05\x00":
+            proxy.sendall(b"\x05\x01\x00\x01" + socket.inet_aton(FAR) + ECHO_PORT.to_bytes(2))
+            if proxy.recv(10)[:2] == b"\x05\x00":
+                proxy.sendall(b"hello")
+                return proxy.recv(5) == b"hello"
+    return False
 
 
 def gateway(address: str) -> str:
