@@ -1,4 +1,7 @@
-"""The L2TP/IPsec driver with a real kernel, real servers and real clients; each test adopts what the last one left."""
+"""What only the L2TP/IPsec driver does, with a real kernel, real servers and real clients.
+
+Each test adopts the servers that the last one left. What all drivers do is in tests/conformance.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,11 @@ from agent.drivers.l2tp import L2tp
 from shared.access import Credential
 from shared.resource import Protocol
 from shared.services import L2tpServer
-from tests.support.l2tp import SLOWDOWN, CommandFailed, L2tpClient
-from tests.support.netns import Namespace, wait_until
+from tests.support.l2tp import BOOT_ID, PASSWORD, PSK, SLOWDOWN, L2tpClient, require_l2tp
+from tests.support.netns import CommandFailed, Namespace, wait_until
 
 pytestmark = [pytest.mark.kernel, pytest.mark.netns]
 
-PSK = 'a "pre-shared" key # \\ of 30'
-PASSWORD = 'it\'s "quoted" \\ and # spaced'
 SERVER = "10.71.0.1"
 SPEC = L2tpServer(psk=PSK, ipv4_pool="10.71.0.0/24", dns=("10.71.0.1", "fd00::1"))
 # RFC 2661: SCCRQ with protocol version, framing capabilities, host name and tunnel id.
@@ -35,7 +36,6 @@ START_REQUEST = (
     + b"lac"
     + bytes.fromhex("8008000000090007")
 )
-BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 @dataclass
@@ -50,17 +50,14 @@ class Site:
 
     def driver(self, notified: asyncio.Event | None = None) -> L2tp:
         notify = notified.set if notified is not None else lambda: None
-        return L2tp(self.directory / "l2tp", boot_id=BOOT, admit=self.refusals.get, notify=notify)
+        return L2tp(
+            self.directory / "l2tp", boot_id=BOOT_ID.read_text().strip(), admit=self.refusals.get, notify=notify
+        )
 
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    try:
-        socket.socket(24, socket.SOCK_DGRAM, 1).close()
-    except OSError as error:
-        if os.environ.get("SKYNETVPN_KERNEL_TESTS"):
-            raise
-        pytest.skip(f"no L2TP in this kernel ({error}): run make test-kernel")
+    require_l2tp()
     directory = Path(tempfile.mkdtemp(prefix="l2tp-"))
     try:
         with Namespace("lns") as server, Namespace("lac1") as one, Namespace("lac2") as two:
@@ -72,7 +69,7 @@ def site() -> Iterator[Site]:
             ]
             for client in clients:
                 client.start()
-            yield Site(server, directory, *clients)
+            yield Site(server, directory, clients[0], clients[1])
     finally:
         shutil.rmtree(directory)
 
@@ -134,7 +131,7 @@ async def ended(driver: L2tp) -> LiveSession:
 async def test_a_client_connects_and_its_bytes_are_true(site: Site, driver: L2tp, alice: str) -> None:
     assert alice.startswith("10.71.0.")
     before = await only(driver)
-    assert (before.username, before.address, before.remote) == ("alice", alice.split("/")[0], "192.0.2.2:1701")
+    assert (before.username, before.address, before.remote) == ("alice", alice, "192.0.2.2:1701")
     assert before.interface.startswith("ppp")
     assert abs(before.since - time.time()) < 30 * SLOWDOWN
 
@@ -144,20 +141,6 @@ async def test_a_client_connects_and_its_bytes_are_true(site: Site, driver: L2tp
     assert after.id == before.id
     for counted in (after.rx - before.rx, after.tx - before.tx):
         assert 5 * 1028 <= counted <= 5 * 1028 + 200  # ICMP and IP headers, and whatever PPP says between
-
-
-async def test_sessions_live_on_without_the_agent_and_are_adopted(site: Site, driver: L2tp, alice: str) -> None:
-    before = await only(driver)
-    await driver.close()
-    await asyncio.to_thread(site.first.ping, SERVER, 2)
-
-    second = site.driver()
-    await second.ensure(SPEC)
-    adopted = await only(second)
-    assert (adopted.id, adopted.since) == (before.id, before.since)
-    assert adopted.rx >= before.rx + 2 * 84
-    await asyncio.to_thread(site.first.ping, SERVER)
-    await second.close()
 
 
 async def test_a_session_that_ends_without_the_agent_is_told_with_its_last_bytes(site: Site, driver: L2tp) -> None:
@@ -175,53 +158,6 @@ async def test_a_session_that_ends_without_the_agent_is_told_with_its_last_bytes
     assert told.rx >= before.rx + 3 * 1028
     assert await no_session(second)
     await second.close()
-
-
-async def test_a_kick_ends_the_session_and_its_traffic(site: Site, driver: L2tp, alice: str) -> None:
-    await asyncio.to_thread(site.first.ping, SERVER, 3)
-    session = await only(driver)
-    began = time.monotonic()
-
-    await driver.kick(session.id)
-
-    assert time.monotonic() - began < 2 * SLOWDOWN
-    assert "ppp" not in site.server.run("ip", "-br", "link")
-    last = await ended(driver)
-    assert (last.id, last.username) == (session.id, "alice")
-    assert last.rx >= session.rx
-    assert await no_session(driver)
-    await driver.kick(session.id)
-
-
-async def test_a_removed_login_is_out_and_stays_out(site: Site, driver: L2tp, alice: str) -> None:
-    await driver.remove(["alice", "unknown"])
-
-    assert "ppp" not in site.server.run("ip", "-br", "link")
-    assert set(await driver.credentials()) == {"bob"}
-    assert (await ended(driver)).username == "alice"
-    wait_until(lambda: not site.first.ppp(), 10 * SLOWDOWN)
-    site.first.dial("alice", PASSWORD)
-    log = site.directory / "one" / "ppp" / "pppd.log"
-    length = len(log.read_bytes())
-    wait_until(lambda: b"authentication failed" in log.read_bytes()[length:], 20 * SLOWDOWN)
-    assert await no_session(driver)
-
-
-async def test_a_wrong_password_and_one_that_changed_let_nobody_in(site: Site, driver: L2tp) -> None:
-    log = site.directory / "one" / "ppp" / "pppd.log"
-    site.first.secure(PSK)
-    await driver.put([login("alice", "another one")])
-    length = len(log.read_bytes()) if log.exists() else 0
-    site.first.dial("alice", PASSWORD)
-    await asyncio.to_thread(wait_until, lambda: b"authentication failed" in log.read_bytes()[length:], 20 * SLOWDOWN)
-    assert await no_session(driver)
-    await asyncio.to_thread(wait_until, lambda: not site.first.ppp(), 10 * SLOWDOWN)
-
-    site.first.dial("alice", "another one")
-    await asyncio.to_thread(site.first.wait_for_address)
-    assert (await only(driver)).username == "alice"
-    site.first.hang_up()
-    await eventually(lambda: no_session(driver))
 
 
 async def test_a_wrong_pre_shared_key_gets_no_association(site: Site, driver: L2tp) -> None:
@@ -248,16 +184,8 @@ async def test_l2tp_without_ipsec_gets_no_answer(site: Site, driver: L2tp) -> No
     assert not await asyncio.to_thread(answered)
 
 
-async def test_two_clients_are_two_sessions(site: Site, driver: L2tp, alice: str) -> None:
-    address = await asyncio.to_thread(site.second.connect, PSK, "bob", PASSWORD)
-    assert address != alice
-    await asyncio.to_thread(site.second.ping, SERVER)
-    by_name = {session.username: session for session in await driver.sessions()}
-    assert by_name["bob"].remote == "198.51.100.2:1701"
-    assert len({session.id for session in by_name.values()}) == 2
-
-    await driver.kick(by_name["bob"].id)
-    await asyncio.to_thread(site.first.ping, SERVER)
+def written(records: Path) -> bool:
+    return any(path.read_text().endswith("end\n") for path in records.iterdir())
 
 
 async def test_whom_admit_refuses_is_out_at_the_first_look(site: Site, driver: L2tp) -> None:
@@ -266,30 +194,11 @@ async def test_whom_admit_refuses_is_out_at_the_first_look(site: Site, driver: L
         site.second.secure(PSK)
         site.second.dial("bob", PASSWORD)
         records = site.directory / "l2tp" / "ppp" / "sessions"
-        await asyncio.to_thread(wait_until, lambda: list(records.iterdir()), 20 * SLOWDOWN)
-        await eventually(lambda: no_session(driver))
+        await asyncio.to_thread(wait_until, lambda: written(records), 20 * SLOWDOWN)
+        assert await driver.sessions() == []
         assert "ppp" not in site.server.run("ip", "-br", "link")
     finally:
         site.refusals.clear()
-
-
-async def test_a_session_is_notified_of_without_a_look(site: Site, driver: L2tp) -> None:
-    await driver.close()
-    notified = asyncio.Event()
-    second = site.driver(notified)
-    await second.ensure(SPEC)
-    await second.sessions()
-    connected = asyncio.create_task(asyncio.to_thread(site.first.connect, PSK, "alice", PASSWORD))
-    async with asyncio.timeout(20 * SLOWDOWN):
-        await notified.wait()
-        assert (await only(second)).username == "alice"
-    await connected
-    notified.clear()
-    site.first.hang_up()
-    async with asyncio.timeout(10 * SLOWDOWN):
-        await notified.wait()
-    assert (await ended(second)).rx > 0
-    await second.close()
 
 
 async def test_another_key_keeps_the_sessions_and_another_pool_ends_them(site: Site, driver: L2tp, alice: str) -> None:
@@ -335,6 +244,6 @@ async def test_a_port_that_is_taken_is_told_at_once(site: Site, inside: None) ->
             began = time.monotonic()
             with pytest.raises(DriverError, match=f"UDP port {port} is in use"):
                 await driver.ensure(SPEC)
-            assert time.monotonic() - began < 1 * SLOWDOWN
+            assert time.monotonic() - began < 1 * SLOWDOWN  # the emulated processor takes five times as long
             await driver.stop()
             await driver.close()

@@ -1,16 +1,40 @@
-"""A real L2TP/IPsec client in a namespace: charon (driven by swanctl), xl2tpd and pppd with settings of their own."""
+"""L2TP's other end for tests: real clients in namespaces (charon by swanctl, xl2tpd, pppd), and a host to dial."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from agent.drivers.l2tp import privately
+import pytest
+
+from agent.drivers.base import Admit, Notify, ServiceDriver
+from agent.drivers.l2tp import L2tp
+from shared.access import Credential
+from shared.resource import Protocol
+from shared.services import L2TP_PORT, L2tpServer
 from tests.support.netns import CommandFailed, Namespace, wait_until
 
 SLOWDOWN = int(os.environ.get("SKYNETVPN_TEST_SLOWDOWN", "1"))
+IN_GUEST = os.environ.get("SKYNETVPN_KERNEL_TESTS") == "1"
 _FASTEST = ("aes256-sha256-ecp256", "aes256gcm16")  # of IKE and of ESP
+
+
+def require_l2tp() -> None:
+    """Skip the test on a kernel without L2TP; in the virtual machine a lack is a failure."""
+    try:
+        socket.socket(24, socket.SOCK_DGRAM, 1).close()
+    except OSError as error:
+        if IN_GUEST:
+            raise
+        pytest.skip(f"no L2TP in this kernel ({error}): run make test-kernel")
 
 
 class L2tpClient:
@@ -40,8 +64,8 @@ class L2tpClient:
             f"[global]\nport = 1701\n[lac vpn]\nlns = {self._server}\npppoptfile = /etc/ppp/options.vpn\n"
         )
         files = ("-c", "/etc/ppp/xl2tpd.conf", "-p", "/etc/ppp/xl2tpd.pid", "-C", "/etc/ppp/control")
-        within = (sys.executable, "-I", str(privately.__file__), str(self._directory / "ppp"), "/etc/ppp")
-        self.namespace.popen(*within, "xl2tpd", "-D", *files)
+        own_etc = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/ppp && exec "$@"')
+        self.namespace.popen(*own_etc, str(self._directory / "ppp"), "xl2tpd", "-D", *files, stderr=subprocess.DEVNULL)
         wait_until(lambda: (self._directory / "ppp" / "control").exists(), 10 * SLOWDOWN)
         wait_until(lambda: (self._directory / "vici").exists(), 10 * SLOWDOWN)
 
@@ -87,9 +111,16 @@ class L2tpClient:
         return self.address()
 
     def address(self) -> str:
-        words = self.namespace.run("ip", "-br", "-4", "address", "show", "up").split()
-        at = next((n for n, word in enumerate(words) if word.startswith("ppp")), None)
-        return words[at + 2] if at is not None and at + 2 < len(words) else ""
+        """Its own inside the tunnel, "" while there is none."""
+        return self._point_to_point()[0]
+
+    def server_inside(self) -> str:
+        return self._point_to_point()[1]
+
+    def denied(self) -> bool:
+        """Whether the server has refused the last login."""
+        log = self._directory / "ppp" / "pppd.log"
+        return log.exists() and b"authentication failed" in log.read_bytes()
 
     def ppp(self) -> bool:
         """Whether a pppd is there, with an address or not yet."""
@@ -99,9 +130,17 @@ class L2tpClient:
         options = ("-c", str(count), "-i", "0.2", "-s", str(size), "-W", str(5 * SLOWDOWN))
         self.namespace.run("ping", *options, address, timeout=60 * SLOWDOWN)
 
+    def _point_to_point(self) -> tuple[str, str]:
+        for line in self.namespace.run("ip", "-br", "-4", "address", "show", "up").splitlines():
+            match line.split():
+                case [name, _, address, "peer", peer, *_] if name.startswith("ppp"):
+                    return address, peer.split("/")[0]
+        return "", ""
+
     def _write_ppp(self, username: str, password: str) -> None:
         ppp = self._directory / "ppp"
         log = ppp / "pppd.log"
+        log.unlink(missing_ok=True)
         (ppp / "options.vpn").write_text(
             f"name {username}\nremotename vpn\nnoauth\nmtu 1400\nmru 1400\nnodefaultroute\nnoipdefault\nnoipv6\nnoccp\n"
             f"ipcp-accept-local\nipcp-accept-remote\ndebug\nlogfile {log}\n"
@@ -124,4 +163,114 @@ def _comm(pid: int) -> str:
         return ""
 
 
-__all__ = ["SLOWDOWN", "CommandFailed", "L2tpClient"]
+# --- for the conformance suite ---
+
+PSK = 'a "pre-shared" key # \\ of 30'
+PASSWORD = 'it\'s "quoted" \\ and # spaced'
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class L2tpRig:
+    """See tests/support/rig.py. Each of the clients has a host of its own: they are started when they are needed."""
+
+    asks = False
+
+    def __init__(self, _directory: Path) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="l2tp-"))  # the test's own is too long for a socket
+        self._stack = contextlib.ExitStack()
+        self._free: list[L2tpClient] = []
+        self._hosts = 0
+
+    def __enter__(self) -> Self:
+        require_l2tp()
+        self._stack.callback(shutil.rmtree, self._directory)
+        self._node = self._stack.enter_context(Namespace("lns"))
+        self._stack.enter_context(self._node.entered())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def driver(self, admit: Admit, notify: Notify) -> ServiceDriver:
+        return L2tp(self._directory / "l2tp", boot_id=BOOT_ID.read_text().strip(), admit=admit, notify=notify)
+
+    async def prepare(self, driver: ServiceDriver) -> None:
+        """Nothing: its key is the pre-shared one."""
+
+    def spec(self) -> L2tpServer:
+        return L2tpServer(psk=PSK, ipv4_pool="10.71.0.0/24")
+
+    def changed_spec(self) -> L2tpServer:
+        return L2tpServer(psk="another pre-shared key", ipv4_pool="10.72.0.0/24", mtu=1300)
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            other.bind(("0.0.0.0", L2TP_PORT))
+            yield
+
+    def credential(self, username: str) -> Credential:
+        return Credential(protocol=Protocol.L2TP, username=username, account=1, secret=PASSWORD)
+
+    def client(self, username: str, *, wrong: bool = False) -> L2tpLogin:
+        return L2tpLogin(self, username, "a wrong one" if wrong else PASSWORD)
+
+    def take(self) -> L2tpClient:
+        if self._free:
+            return self._free.pop()
+        number = self._hosts = self._hosts + 1
+        host = self._stack.enter_context(Namespace(f"lac{number}"))
+        server = f"192.0.{number}.1"
+        self._node.connect(host, f"{server}/24", f"192.0.{number}.2/24")
+        client = L2tpClient(host, self._directory / f"client{number}", server)
+        client.start()
+        return client
+
+    def give_back(self, client: L2tpClient) -> None:
+        self._free.append(client)
+
+
+class L2tpLogin:
+    """See ServiceClient in tests/support/rig.py."""
+
+    def __init__(self, rig: L2tpRig, username: str, password: str) -> None:
+        self._rig = rig
+        self._username = username
+        self._password = password
+        self._client: L2tpClient | None = None
+
+    def connect(self) -> None:
+        self._dial().wait_for_address()
+
+    def refused(self) -> bool:
+        client = self._dial()
+        wait_until(lambda: client.address() or client.denied(), 20 * SLOWDOWN)
+        denied = client.denied()
+        self.end()
+        return denied
+
+    def passes(self) -> bool:
+        try:
+            if self._client is None or not self._client.server_inside():
+                return False
+            self._client.ping(self._client.server_inside())
+        except CommandFailed:
+            return False
+        return True
+
+    def end(self) -> None:
+        if self._client is not None:
+            self._client.hang_up()
+            self._rig.give_back(self._client)
+            self._client = None
+
+    def _dial(self) -> L2tpClient:
+        client = self._client = self._rig.take()
+        for psk in (PSK, self._rig.changed_spec().psk):  # whichever the server has now
+            with contextlib.suppress(CommandFailed):
+                client.secure(psk)
+                break
+        client.dial(self._username, self._password)
+        return client

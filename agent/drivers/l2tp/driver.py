@@ -80,7 +80,6 @@ class L2tp:
         if not running:
             await self._xl2tpd.stop()
             await self._end_all()
-            _check_port(L2TP_PORT, "L2TP server")
             await self._xl2tpd.start(spec)
         self._xl2tpd.watch(self._notify)
 
@@ -107,6 +106,8 @@ class L2tp:
         if not self._charon.running():
             for port in charon.PORTS:
                 _check_port(port, "IKE daemon")
+        if not self._xl2tpd.running():
+            _check_port(L2TP_PORT, "L2TP server")
         self._xl2tpd.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def _filter(self) -> None:

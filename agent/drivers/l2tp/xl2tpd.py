@@ -26,8 +26,9 @@ class Xl2tpd:
         self._daemon = Daemon(directory / "xl2tpd.pid")
         self._privately = [sys.executable, "-I", str(privately.__file__), str(directory), str(ETC_PPP)]
 
-    def running(self, spec: L2tpServer) -> bool:
-        return self._daemon.find(_mark(spec)) is not None
+    def running(self, spec: L2tpServer | None = None) -> bool:
+        """Whether it runs, with these settings or with any."""
+        return self._daemon.find(_mark(spec) if spec is not None else "") is not None
 
     async def check(self, spec: L2tpServer) -> None:
         """Let pppd's own parser read the options."""
