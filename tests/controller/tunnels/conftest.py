@@ -134,8 +134,11 @@ class World:
 
     async def wanted(self, node: int = 0) -> list[Payload]:
         """What the node has to run, by its own scope."""
+        return await self.wanted_of(desired.node_scope(self.nodes[node]))
+
+    async def wanted_of(self, scope: str) -> list[Payload]:
         async with self.database.connect() as connection:
-            state = await desired.state(connection, self.database.secrets, desired.node_scope(self.nodes[node]))
+            state = await desired.state(connection, self.database.secrets, scope)
         return [resources.decode(item.kind, item.key, item.payload) for item in state.resources]
 
     async def peers(self, node: int = 0) -> dict[str, Peer]:

@@ -172,7 +172,7 @@ async def test_an_account_uses_its_own_protocols_only(world: Any) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["wireguard", *LOGINS])
-@pytest.mark.parametrize(("why", "columns"), [("expired", {}), ("quota", {"quota_bytes": 10, "used_bytes": 10})])
+@pytest.mark.parametrize(("why", "columns"), [("has expired", {}), ("used up", {"quota_bytes": 10, "used_bytes": 10})])
 async def test_a_blocked_account_cannot_connect(world: Any, protocol: str, why: str, columns: dict[str, int]) -> None:
     await limit(world, **(columns or {"expires_at": now()}))
     with pytest.raises(errors.AccountBlocked, match=why) as caught:
