@@ -54,7 +54,7 @@ def parse(passwd: str, shadow: str) -> Accounts:
             ours[fields[0]] = _login(fields, hashes.get(fields[0], []))
         else:
             foreign.add(fields[0])
-    return Accounts(ours, foreign, uids)
+    return Accounts({name: login for name, login in ours.items() if name not in foreign}, foreign, uids)
 
 
 def replace(text: str, lines: Mapping[str, str | None]) -> str:

@@ -189,8 +189,8 @@ class _Status:
 
 def _status(pid: int) -> _Status:
     fields = dict(line.split(":", 1) for line in _read(f"{pid}/status").split("\n") if ":" in line)
-    if "Uid" not in fields:
-        return _Status()
+    if "Uid" not in fields or fields["State"].split()[0] == "Z":
+        return _Status()  # it has ended
     return _Status(int(fields["Uid"].split()[0]), int(fields["PPid"]), fields["Name"].strip().startswith("sshd"))
 
 

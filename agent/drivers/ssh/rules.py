@@ -58,9 +58,13 @@ def render(ports: Iterable[int], resolvers: Sequence[Address]) -> str:
         *(f"add set {table} {each}6 {{ type ipv6_addr . inet_service; {timed} }}" for each in ("rx", "tx")),
         f"add chain {table} input {{ type filter hook input priority filter; policy accept; }}",
         f"add chain {table} output {{ type filter hook output priority filter; policy accept; }}",
+        f"add chain {table} denied",
+        f"flush chain {table} denied",
         f"flush chain {table} input",
         f"flush chain {table} output",
         f"add element {table} ports {{ {', '.join(map(str, ports))} }}",
+        f"add rule {table} denied meta l4proto tcp reject with tcp reset",
+        f"add rule {table} denied reject",
         *(f"add rule {table} input {rule}" for rule in _received()),
         *(f"add rule {table} output {rule}" for rule in (*_sent(), *_denied(resolvers))),
     ]
@@ -114,9 +118,9 @@ def _denied(resolvers: Sequence[Address]) -> Iterator[str]:
     for resolver in resolvers:
         keyword = "ip" if resolver.version == 4 else "ip6"
         yield f"{user} {keyword} daddr {resolver} meta l4proto {{ tcp, udp }} th dport 53 accept"
-    yield f"{user} fib daddr type != unicast reject"
-    yield f"{user} ip daddr {{ {_PRIVATE4} }} reject"
-    yield f"{user} ip6 daddr {{ {_PRIVATE6} }} reject"
+    yield f"{user} fib daddr type != unicast jump denied"
+    yield f"{user} ip daddr {{ {_PRIVATE4} }} jump denied"
+    yield f"{user} ip6 daddr {{ {_PRIVATE6} }} jump denied"
 
 
 def _element(element: memoryview) -> tuple[Client, int]:

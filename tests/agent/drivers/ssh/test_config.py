@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.drivers.base import DriverError
-from agent.drivers.ssh import config
-from agent.drivers.ssh.driver import PROGRAM, Ssh
+from agent.drivers.ssh import Ssh, config
+from agent.drivers.ssh.sshd import PROGRAM
 from shared.access import SSH_KEY_TYPES, Credential, parse_ssh_key
 from shared.resource import InvalidResource, Protocol
 from shared.services import SshServer

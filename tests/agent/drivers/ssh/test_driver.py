@@ -548,6 +548,20 @@ async def test_another_port_leaves_live_sessions_alone(net: Net, driver: Ssh) ->
     assert (net.directory / "ssh/sshd.pid").read_text() == pid
 
 
+async def test_an_agent_killed_while_it_changed_the_port_goes_on(net: Net, driver: Ssh) -> None:
+    """Between the settings taken over and the note of it."""
+    moved = msgspec.structs.replace(SPEC, port=PORT + 1)
+    await driver.ensure(moved)
+    await driver.close()
+    (net.directory / "ssh/sshd_config.running").unlink()
+
+    second = net.driver()
+    await second.ensure(moved)
+
+    net.ssh(port=PORT + 1)
+    await begun(second)
+
+
 async def test_a_port_that_is_taken_changes_nothing(net: Net, driver: Ssh) -> None:
     net.ssh(*FORWARD)
     opened = await forwarded(net)

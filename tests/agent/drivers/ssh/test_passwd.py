@@ -101,3 +101,12 @@ def test_a_hash_that_the_admin_locked_is_told_as_it_is() -> None:
     shadow = shadow_line(login).replace(":$y$x:", ":!$y$x:")
 
     assert parse(passwd_line(login), shadow).ours["alice"].secret == "!$y$x"
+
+
+def test_a_name_that_is_somebody_elses_as_well_is_foreign() -> None:
+    line = passwd_line(Login("root", UIDS[0], "", 1))
+
+    for passwd in (PASSWD + line, f"{line}\n{PASSWD}"):
+        found = parse(passwd, SHADOW)
+        assert not found.ours
+        assert "root" in found.foreign
