@@ -134,6 +134,7 @@ async def _node_token(arguments: argparse.Namespace) -> None:
         plan=Plan(arguments.plan),
         interface=arguments.interface,
         port=arguments.port,
+        protocols=tuple(arguments.protocols) if arguments.protocols is not None else None,
     )
     async with _services(arguments) as services:
         print(await services.fleet.issue_join_token(spec, timedelta(minutes=arguments.minutes)))
@@ -253,6 +254,9 @@ def _parser() -> argparse.ArgumentParser:
         "--interface", metavar="NAME", help=f"of WireGuard on the host (default: as it is, or {INTERFACE})"
     )
     token.add_argument("--port", type=int, help="UDP port of WireGuard (default: as it is, or tunnel.port)")
+    token.add_argument(
+        "--protocols", type=_protocols, metavar="P,P", help="that it may offer (default: as it is, for a new host all)"
+    )
     token.add_argument("--minutes", type=int, default=10, help="for how long the token is valid (default 10)")
     _add(node, "list", _node_list, "list the nodes and what they say")
     status = _add(node, "status", _node_status, "show a node, or take it in or out of service")
@@ -263,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _protocols(text: str) -> list[str]:
+def _protocols(text: str) -> list[Protocol]:
     return [Protocol(name) for name in text.split(",") if name]
 
 

@@ -209,7 +209,8 @@ class Hub:
         self._metrics.up.labels(node.name).set(0)
         for protocol in node.offer.protocols:
             self._metrics.protocol_up.labels(node.name, protocol).set(0)
-        log.info("channel.node_down", node=node.name)
+        if connection.session.greeted:
+            log.info("channel.node_down", node=node.name)
 
     def _applied(self, connection: Connection, scope: str, revision: int) -> None:
         node_id = connection.node.node_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import assert_never
 
 import structlog
@@ -96,6 +97,10 @@ class Intake:
         self._session.check(frame)
         await self._identities.hello(self._node, frame, self._address)
         offer = Offer.of(frame)
+        if excess := set(offer.protocols) - set(self._node.allowed):
+            # It would be sent the logins of all accounts for them: that is not for the host to decide.
+            log.warning("channel.protocols_not_allowed", node=self._node.name, protocols=sorted(excess))
+            offer = replace(offer, protocols=tuple(name for name in offer.protocols if name in self._node.allowed))
         if offer != self._node.offer:
             await self._protocols.offer(self._node, offer)
         if offer.protocols != self._node.offer.protocols:

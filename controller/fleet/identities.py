@@ -30,8 +30,10 @@ from controller.store.database import Database, Topic, Transaction
 from controller.store.types import now
 from shared.keys import InvalidKey, PublicKey
 from shared.protocol import Certificate, EnrolAnswer, EnrolRequest, Hello
+from shared.resource import Protocol
 
 _REMEMBERED_BOOTS = 64
+_EVERYTHING = tuple(Protocol)
 
 log = structlog.get_logger()
 
@@ -44,6 +46,7 @@ class Admitted:
     name: str
     serial: str
     offer: Offer  # as it was stored when its session began
+    allowed: tuple[Protocol, ...] = _EVERYTHING  # it may offer no other
 
     @property
     def scopes(self) -> tuple[str, ...]:
@@ -189,7 +192,7 @@ class Identities:
             if earlier_enrolment or promoted_now:
                 raise CertificateRefused
             raise _SecondHost("a certificate came back after its successor was in use")
-        return Admitted(row.id, row.name, identity.serial, _offer(row))
+        return Admitted(row.id, row.name, identity.serial, _offer(row), known_protocols(row.allowed.split()))
 
     async def _lock(self, node_id: str, reason: str) -> None:
         async with self._database.transaction() as tx:

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 
 from controller.accounts.principal import Plan
 from controller.errors import InvalidInput
-from shared.desired import INTERFACE_NAME
+from shared.desired import INTERFACE_NAME, Protocol
 
 INTERFACE = "sky0"  # of nodes that are given no other
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,61}[A-Za-z0-9])?")
@@ -52,6 +52,7 @@ class NodeSpec:
     plan: Plan = Plan.FREE
     interface: str | None = None  # None = as it is, for a new node INTERFACE
     port: int | None = None  # None = as it is, for a new node that of the settings
+    protocols: tuple[Protocol, ...] | None = None  # that it may offer; None = as it is, for a new node all
 
     def check(self) -> None:
         """Raise InvalidInput with every field that cannot be used."""

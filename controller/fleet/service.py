@@ -21,7 +21,7 @@ from controller.fleet.nodes import INTERFACE, NodeSpec, NodeStatus
 from controller.fleet.offer import known_protocols
 from controller.fleet.settings import FleetSettings as FleetSettings
 from controller.fleet.standing import servers_from
-from controller.fleet.tables import AppliedRow, JoinTokenRow, NodeRow
+from controller.fleet.tables import EVERYTHING, AppliedRow, JoinTokenRow, NodeRow
 from controller.store.database import Database, Topic, Transaction
 from controller.store.types import new_id, now
 from shared.desired import Kind, Protocol
@@ -65,6 +65,8 @@ class Fleet:
             if row is None:
                 row = await self._create(tx, spec)
             row.country, row.city, row.endpoint, row.plan = spec.country, spec.city, spec.endpoint, spec.plan
+            if spec.protocols is not None:
+                row.allowed = " ".join(spec.protocols)
             await self._set_interface(tx, row, spec)
             tx.touch(Topic.NODES)
             return await self._issue(tx, row, lifetime)
@@ -132,6 +134,7 @@ class Fleet:
             interface=INTERFACE,
             wireguard_port=layers.port(Protocol.WIREGUARD, FLEET, self._settings),
             protocols=Protocol.WIREGUARD,  # until it says what it offers
+            allowed=EVERYTHING,
             former_boot_ids="",
         )
         tx.session.add(row)

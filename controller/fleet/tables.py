@@ -9,6 +9,9 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from controller.fleet.nodes import INTERFACE
 from controller.store.types import Table
+from shared.resource import Protocol
+
+EVERYTHING = " ".join(Protocol)
 
 
 class NodeRow(Table):
@@ -38,6 +41,7 @@ class NodeRow(Table):
     boot_id: Mapped[str | None]
     former_boot_ids: Mapped[str] = mapped_column(sa.Text)  # spaced; one that comes back betrays a cloned disk
     protocols: Mapped[str] = mapped_column(default="wireguard", server_default="wireguard")  # spaced, that it may serve
+    allowed: Mapped[str] = mapped_column(default=EVERYTHING, server_default=EVERYTHING)  # spaced; it may offer no other
     ssh_host_keys: Mapped[str] = mapped_column(sa.Text, default="", server_default="")  # lines of `type base64`
     ledger: Mapped[str] = mapped_column(default="", server_default="")  # the identity of its usage records
 

@@ -104,7 +104,7 @@ async def test_it_is_administered_beside_the_running_one(directory: Path) -> Non
         assert "Traceback" not in errors
 
         token = ("node", "token", "--name", "fra1", "--country", "DE", "--city", "Frankfurt", "--config", config)
-        status, output, errors = await controller(*token)
+        status, output, errors = await controller(*token, "--protocols", "wireguard,ssh")
         assert (status, errors) == (0, "")
         assert jointoken.decode(output).address == settings_of(directory)["node_listen"]
         status, output, _ = await controller("node", "list", "--config", config)

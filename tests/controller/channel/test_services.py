@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from controller.channel.pace import COMPLAINTS_PER_MINUTE
 from controller.desired import service as desired
 from controller.desired.service import node_scope, protocol_scope
 from controller.desired.tables import DesiredRow
+from controller.fleet.nodes import NodeSpec
 from controller.fleet.progress import Progress
 from controller.fleet.tables import AppliedRow, NodeRow
 from controller.fleet.vpnkeys import load_keys
@@ -49,7 +51,7 @@ async def joined(port: NodePort, *protocols: str, name: str = "node-1") -> FakeA
 
 
 def servers(agent: FakeAgent) -> set[str]:
-    return {kind for kind, _ in agent.resources[node_scope(agent.node_id)]}
+    return {kind for kind, _ in agent.resources.get(node_scope(agent.node_id), ())}
 
 
 async def complain(agent: FakeAgent, *failures: Failure) -> None:
@@ -115,6 +117,28 @@ async def test_frames_after_the_bye_are_for_nobody(port: NodePort) -> None:
     assert (await agent.receive()).retry  # type: ignore[union-attr]
     await agent.close()
     assert port.value("skynetvpn_node_violations_total", node="node-1") == 0
+
+
+async def test_a_node_offers_what_its_administrator_lets_it(port: NodePort) -> None:
+    """Else whoever takes over one host would be sent the logins of all accounts for any protocol that he names."""
+    agent = await port.enrolled()
+    spec = NodeSpec(name="node-1", country="DE", city="Berlin", protocols=(Protocol.WIREGUARD, Protocol.SSH))
+    await port.fleet.issue_join_token(spec)
+    agent.protocols = ["wireguard", "openvpn", "ssh", "l2tp"]
+    with capture_logs() as logs:
+        await agent.join()
+    (welcome,) = agent.received(Welcome)
+    assert welcome.scopes == [node_scope(agent.node_id), protocol_scope("ssh")]
+    await until(lambda: servers(agent) == {"wireguard.interface", "ssh.server"})
+    assert {"openvpn", "l2tp"} in [set(entry.get("protocols", ())) for entry in logs]
+    await port.fleet.issue_join_token(replace(spec, protocols=None))  # as it is
+    await agent.connect()
+    assert agent.received(Welcome) == [welcome]
+    await port.fleet.issue_join_token(replace(spec, protocols=(Protocol.WIREGUARD,)))
+    await agent.join()
+    assert [one.scopes for one in agent.received(Welcome)] == [[node_scope(agent.node_id)]]
+    await until(lambda: servers(agent) == {"wireguard.interface"})
+    await agent.close()
 
 
 async def test_a_login_reaches_the_nodes_that_offer_its_protocol_and_no_other(

@@ -139,6 +139,9 @@ def upgrade() -> None:
 
     with op.batch_alter_table("nodes", schema=None) as batch_op:
         batch_op.add_column(sa.Column("protocols", sa.String(length=255), server_default="wireguard", nullable=False))
+        batch_op.add_column(
+            sa.Column("allowed", sa.String(length=255), server_default="wireguard openvpn ssh l2tp", nullable=False)
+        )
         batch_op.add_column(sa.Column("ssh_host_keys", sa.Text(), server_default="", nullable=False))
         batch_op.add_column(sa.Column("ledger", sa.String(length=255), server_default="", nullable=False))
 
@@ -153,6 +156,7 @@ def downgrade() -> None:
     with op.batch_alter_table("nodes", schema=None) as batch_op:
         batch_op.drop_column("ledger")
         batch_op.drop_column("ssh_host_keys")
+        batch_op.drop_column("allowed")
         batch_op.drop_column("protocols")
 
     with op.batch_alter_table("applied", schema=None) as batch_op:
