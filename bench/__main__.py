@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from agent.drivers.wireguard import Backend
-from bench import api, kernel, ledger, memory, openvpn, push, tunnel, wireguard
+from bench import api, kernel, ledger, memory, openvpn, push, ssh, tunnel, wireguard
 from bench.harness import Result, machine, markdown, not_measured, published, save, table
 
 _RESULTS = Path(__file__).resolve().parent / "results"
@@ -35,6 +35,7 @@ ROWS: dict[str, Callable[..., list[Result]]] = {
     "tunnel": tunnel.measure,
     "memory": memory.measure,
     "openvpn": openvpn.measure,
+    "ssh": ssh.measure,
     "ledger": ledger.measure,
 }
 
