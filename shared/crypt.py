@@ -13,17 +13,19 @@ _DATA_BYTES = 32768  # struct crypt_data of libxcrypt, crypt(3)
 _SETTING_BYTES = 192  # CRYPT_GENSALT_OUTPUT_SIZE
 MAX_PASSWORD_BYTES = 255
 PREFIX = "$y$"  # yescrypt
+LEAST_COST = 1  # a few milliseconds; enough for a password of 128 random bits, which nobody guesses at any speed
 
 
 class CryptUnavailable(RuntimeError):
     """This machine's libcrypt cannot do it."""
 
 
-def hash_password(password: str) -> str:
+def hash_password(password: str, cost: int = 0) -> str:
     """A new yescrypt hash, with a salt of the system's random source; raise CryptUnavailable, or ValueError for a
-    password that no login could send (NUL, newline, more than 255 bytes)."""
+    password that no login could send (NUL, newline, more than 255 bytes). `cost` is 1 to 11, 0 = what the library
+    advises."""
     setting = ctypes.create_string_buffer(_SETTING_BYTES)
-    if not _library().crypt_gensalt_rn(PREFIX.encode(), 0, None, 0, setting, _SETTING_BYTES):
+    if not _library().crypt_gensalt_rn(PREFIX.encode(), cost, None, 0, setting, _SETTING_BYTES):
         raise CryptUnavailable("libcrypt makes no yescrypt salt")
     return _crypt(_encoded(password), setting.value)
 

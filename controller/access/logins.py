@@ -9,6 +9,7 @@ from controller.access.secrets import make_secrets, new_password
 from controller.access.usernames import new_login
 from controller.accounts.passwords import Passwords
 from controller.fleet.vpnkeys import VpnKeys
+from shared.crypt import LEAST_COST
 from shared.resource import Protocol
 
 # Nodes know a client's certificate by its fingerprint, and forget it when the connection ends: it need not run out.
@@ -50,5 +51,5 @@ class Logins:
                 private_key=made.private_key,
                 tls_crypt=self._keys.tls_crypt_client_key(),
             )
-        secrets = await make_secrets(self._passwords, new_password(), hashed=protocol == Protocol.SSH)
+        secrets = await make_secrets(self._passwords, new_password(), hashed=protocol == Protocol.SSH, cost=LEAST_COST)
         return Login(protocol=protocol, username=username, secret=secrets.of(protocol), password=secrets.password)

@@ -38,12 +38,12 @@ class Secrets:
         return self.hashed
 
 
-async def make_secrets(passwords: Passwords, password: str, *, hashed: bool) -> Secrets:
+async def make_secrets(passwords: Passwords, password: str, *, hashed: bool, cost: int = 0) -> Secrets:
     """In the pool of `passwords` where it has to be hashed; raise PasswordsBusy, PasswordHashUnavailable."""
     if not hashed:
         return Secrets(password, None)
     try:
-        return Secrets(password, await passwords.crypt(password))
+        return Secrets(password, await passwords.crypt(password, cost))
     except ValueError:
         return Secrets(password, None)  # told by whichever protocol cannot take it
     except CryptUnavailable as error:

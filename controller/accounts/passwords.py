@@ -38,9 +38,9 @@ class Passwords:
         """Whether the password fits. None (no such account) costs the same time as a wrong password."""
         return await self._run(lambda: self._verify(hashed, _normal(password)))
 
-    async def crypt(self, password: str) -> str:
-        """A hash as hosts check it; raise as `shared.crypt.hash_password`."""
-        return await self._run(lambda: crypt.hash_password(_normal(password).decode()))
+    async def crypt(self, password: str, cost: int = 0) -> str:
+        """A hash as hosts check it; `cost` and errors as of `shared.crypt.hash_password`."""
+        return await self._run(lambda: crypt.hash_password(_normal(password).decode(), cost))
 
     def outdated(self, hashed: str) -> bool:
         """Whether the hash should be replaced while the password is at hand."""

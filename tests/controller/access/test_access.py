@@ -261,7 +261,7 @@ async def test_the_database_never_holds_a_password_or_its_hash_in_the_clear(worl
 
 
 async def test_a_machine_that_cannot_hash_says_so(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unavailable(_password: str) -> str:
+    def unavailable(_password: str, _cost: int) -> str:
         raise crypt.CryptUnavailable("libcrypt.so.1 is not here")
 
     monkeypatch.setattr(crypt, "hash_password", unavailable)
