@@ -130,10 +130,10 @@ class Intake:
             acknowledged.problem,
             acknowledged.servers,
         )
+        self._release(frame.scope, frame.revision)
         if frame.scope == self._node.scopes[0]:
             for protocol in self._node.offer.protocols:
                 self._metrics.protocol_up.labels(self._node.name, protocol).set(protocol not in acknowledged.servers)
-        self._release(frame.scope, frame.revision)
 
     def _note_problem(self, scope: str, problem: str | None) -> None:
         if self._problems.get(scope) == problem:
