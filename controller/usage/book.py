@@ -148,9 +148,9 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RollCall:
-    """A node's first report of a link: all of its sessions that live."""
+    """A node's first report of a link, with all of its sessions that live, and what it said since."""
 
-    present: frozenset[str]
+    present: set[str]
 
 
 class Book:
@@ -196,9 +196,12 @@ class Book:
         if report.complete:
             # A link begins: another controller may have counted this node meanwhile, and the node may have lost its
             # disk. What is said of it is compared with the database before anything is counted.
-            self.calls[node_id] = RollCall(frozenset(sample.id for sample in report.sessions if not sample.ended))
+            self.calls[node_id] = RollCall(set())
             self._batch.used = {key: used for key, used in self._batch.used.items() if key[0] != node_id}
-        entries = {} if node_id in self.calls else self._nodes.get(node_id, {})
+        call = self.calls.get(node_id)
+        if call is not None:
+            call.present.update(sample.id for sample in report.sessions)
+        entries = self._nodes.get(node_id, {}) if call is None else {}
         for sample in report.sessions:
             entry = entries.get(sample.id)
             if entry is not None and entry.exact:
