@@ -64,7 +64,8 @@ async def _wait(local: LocalTunnel) -> str:
     """The log of a program that is connected; raise Failure with its words where it has given up or takes too long."""
     deadline = time.monotonic() + _SECONDS
     while _READY not in (text := _log(local)):
-        if programs.running(local) is None:
+        # The pid file is written by the program that has gone to the background, a moment after its parent has ended.
+        if programs.running(local) is None and (programs.noted(local) or time.monotonic() > deadline - _SECONDS + 5):
             raise Failure(f"openvpn ended: {programs.last_words(local)}")
         if time.monotonic() > deadline:
             raise Failure(f"{local.server} did not let us in within {_SECONDS:g} s: {programs.last_words(local)}")

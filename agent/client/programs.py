@@ -44,6 +44,11 @@ def running(local: LocalTunnel) -> int | None:
     return pid if os.fsencode(local.key_file) in command else None
 
 
+def noted(local: LocalTunnel) -> bool:
+    """Whether the pid file is there."""
+    return file_of(local, ".pid").exists()
+
+
 def note(local: LocalTunnel) -> None:
     """Write the pid file of a program that does not do it: the one that was started with this connection's files."""
     mark = os.fsencode(local.key_file)
