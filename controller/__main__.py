@@ -156,7 +156,7 @@ async def _node_status(arguments: argparse.Namespace) -> None:
             await services.fleet.set_status(arguments.name, NodeStatus(arguments.status))
             print(f"{arguments.name} is {arguments.status}")
             return
-        node = await services.fleet.node(arguments.name)
+        node, standings = await services.fleet.node(arguments.name)
     shown = {
         "name": node.name,
         "status": node.status,
@@ -166,7 +166,8 @@ async def _node_status(arguments: argparse.Namespace) -> None:
         "seen": _moment(node.last_seen_at),
         "agent": node.agent or "-",
         "certificate": f"until {_moment(node.certificate_expires_at)}" if node.certificate_expires_at else "-",
-        **{f"{protocol}": node.servers.get(protocol, "offered") for protocol in node.protocols},
+        **{str(protocol): "-" for protocol in node.protocols},
+        **{str(protocol): standing.words for protocol, standing in standings.items()},
         "problem": node.problem or "-",
     }
     for name, text in shown.items():

@@ -13,14 +13,14 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from controller.desired import service as desired
-from controller.fleet import servers
+from controller.fleet import servers, standing
 from controller.fleet.errors import NodeNotFound, NothingToConfirm
 from controller.fleet.layers import FLEET, merged
 from controller.fleet.layerstore import read_layers, write_layer
 from controller.fleet.nodes import INTERFACE, NodeSpec, NodeStatus
 from controller.fleet.offer import known_protocols
 from controller.fleet.settings import FleetSettings as FleetSettings
-from controller.fleet.standing import servers_from
+from controller.fleet.standing import Standing, servers_from
 from controller.fleet.tables import EVERYTHING, AppliedRow, JoinTokenRow, NodeRow
 from controller.store.database import Database, Topic, Transaction
 from controller.store.types import new_id, now
@@ -90,12 +90,14 @@ class Fleet:
             ailing.setdefault(words.node_id, {}).update(servers_from(words.servers))
         return [_node(row, problems.get(row.id), ailing.get(row.id, {})) for row in rows]
 
-    async def node(self, name: str) -> Node:
-        """Raises NodeNotFound."""
+    async def node(self, name: str) -> tuple[Node, Mapping[Protocol, Standing]]:
+        """The node, and how far it is with its servers while it is in service. Raises NodeNotFound."""
         found = next((node for node in await self.nodes() if node.name == name), None)
         if found is None:
             raise NodeNotFound(name=name)
-        return found
+        async with self._database.read() as session:
+            standings = await standing.read(session, found.id)
+        return found, {protocol: one for protocol, of_this in standings.items() for one in of_this}
 
     async def set_status(self, name: str, status: NodeStatus) -> None:
         """A node that is no longer admitted is cut off at once by every controller; its tunnels stay."""

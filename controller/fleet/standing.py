@@ -27,6 +27,10 @@ class Standing:
     applied: bool  # the node has acknowledged the server as it is now
     problem: str | None  # in the node's words
 
+    @property
+    def words(self) -> str:
+        return self.problem or ("running" if self.applied else "applying")
+
 
 async def read(session: AsyncSession, node_id: str | None = None) -> Mapping[Protocol, Sequence[Standing]]:
     """Of the nodes that offer each protocol and are in service, or of one node."""

@@ -113,7 +113,7 @@ async def test_it_is_administered_beside_the_running_one(directory: Path) -> Non
         assert (len(header), len(node), node[-3:]) == (7, 7, ["never", "wireguard", "-"])
         status, output, _ = await controller("node", "status", "fra1", "--config", config)
         shown = dict(line.split(None, 1) for line in output.splitlines())
-        assert (status, shown["status"], shown["wireguard"], shown["problem"]) == (0, "enabled", "offered", "-")
+        assert (status, shown["status"], shown["wireguard"], shown["problem"]) == (0, "enabled", "-", "-")
         status, _, errors = await controller("node", "status", "fra1", "maintenance", "--config", config)
         assert (status, errors) == (0, "")
         status, _, errors = await controller("node", "confirm", "fra1", "--config", config)

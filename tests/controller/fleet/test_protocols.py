@@ -365,9 +365,20 @@ async def test_what_a_node_says_of_its_servers_is_on_its_status(world: World) ->
     await world.says(node, openvpn="openvpn\x1b[31m is not installed", l2tp="no kernel module")
     (found,) = await world.fleet.nodes()
     assert found.servers == {"openvpn": "openvpn [31m is not installed", "l2tp": "no kernel module"}
+    found, standings = await world.fleet.node("fra1")
+    assert {protocol: one.words for protocol, one in standings.items()} == {
+        "wireguard": "running",
+        "openvpn": "openvpn [31m is not installed",
+        "ssh": "running",
+        "l2tp": "no kernel module",
+    }
+    await world.protocols.configure("ssh", port=2022)
     await world.says(node)
     (found,) = await world.fleet.nodes()
     assert found.servers == {}
+    await world.protocols.configure("ssh", port=2023)
+    _, standings = await world.fleet.node("fra1")
+    assert (standings[Protocol.SSH].words, standings[Protocol.L2TP].words) == ("applying", "running")
 
 
 async def test_another_controller_sees_the_change(world: World, database: Database) -> None:
