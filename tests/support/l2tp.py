@@ -112,10 +112,13 @@ class L2tpClient:
 
     def address(self) -> str:
         """Its own inside the tunnel, "" while there is none."""
-        return self._point_to_point()[0]
+        return self._point_to_point()[1]
 
     def server_inside(self) -> str:
-        return self._point_to_point()[1]
+        return self._point_to_point()[2]
+
+    def interface(self) -> str:
+        return self._point_to_point()[0]
 
     def denied(self) -> bool:
         """Whether the server has refused the last login."""
@@ -130,12 +133,12 @@ class L2tpClient:
         options = ("-c", str(count), "-i", "0.2", "-s", str(size), "-W", str(5 * SLOWDOWN))
         self.namespace.run("ping", *options, address, timeout=60 * SLOWDOWN)
 
-    def _point_to_point(self) -> tuple[str, str]:
+    def _point_to_point(self) -> tuple[str, str, str]:
         for line in self.namespace.run("ip", "-br", "-4", "address", "show", "up").splitlines():
             match line.split():
                 case [name, _, address, "peer", peer, *_] if name.startswith("ppp"):
-                    return address, peer.split("/")[0]
-        return "", ""
+                    return name, address, peer.split("/")[0]
+        return "", "", ""
 
     def _write_ppp(self, username: str, password: str) -> None:
         ppp = self._directory / "ppp"
