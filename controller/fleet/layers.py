@@ -47,6 +47,9 @@ class L2tpSettings(msgspec.Struct, frozen=True, kw_only=True):
     masquerade: bool = True
     isolate: bool = True
 
+    def __repr__(self) -> str:
+        return f"L2tpSettings(dns={self.dns}, mtu={self.mtu})"
+
 
 Settings = WireGuardSettings | OpenVpnSettings | SshSettings | L2tpSettings
 
@@ -66,7 +69,7 @@ class Layer:
     """What was set for the fleet or for one node; what is not in it (a port of None) comes from below."""
 
     port: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)  # with secrets
 
 
 @dataclass(frozen=True, slots=True)

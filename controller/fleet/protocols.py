@@ -97,13 +97,10 @@ class Protocols:
                 raise ServerNotFound
             before = await read_layers(tx.session, tx.secrets)
             layers = before.changed(protocol, target, merged(before.own(protocol, target), port, values))
-            affected = [
-                node
-                for node in nodes
-                if target in (FLEET, node.id) and protocol in known_protocols(node.protocols.split())
-            ]
+            reached = [node for node in nodes if target in (FLEET, node.id)]
             if protocol is Protocol.WIREGUARD and port is not None:
-                _move(layers, affected, port)
+                _move(layers, reached, port)
+            affected = [node for node in reached if protocol in known_protocols(node.protocols.split())]
             problems = self._vet(before, layers, protocol, target, port, values, affected) | problems
             if problems:
                 raise InvalidInput({_field(name): reason for name, reason in problems.items()})

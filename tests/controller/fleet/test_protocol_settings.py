@@ -48,6 +48,11 @@ def test_defaults_come_from_the_operators_settings() -> None:
     assert ports == {"wireguard": 51820, "openvpn": 1194, "ssh": 2222, "l2tp": 1701}
 
 
+def test_a_secret_is_in_no_repr() -> None:
+    shown_ = repr(NOTHING) + repr(PSK) + repr(NOTHING.settings(Protocol.L2TP, "1", FLEET_SETTINGS))
+    assert "a-pre-shared-key" not in shown_
+
+
 def test_a_node_has_its_own_over_the_fleets_over_the_defaults() -> None:
     layers = Layers(
         {

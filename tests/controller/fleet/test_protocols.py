@@ -227,6 +227,11 @@ async def test_wireguards_port_moves_on_nodes_that_were_given_none(world: World)
     assert (ports, (await world.state("wireguard")).port) == ([51821, 51900], 51821)
     async with world.database.read() as session:
         assert (await session.get_one(NodeRow, plain.node_id)).wireguard_port == 51821
+    without = await world.node("without", Protocol.SSH)
+    await world.protocols.configure("wireguard", port=51822)
+    await world.protocols.offer(without, Offer())
+    interface = (await world.runs(without))["wireguard.interface"]
+    assert isinstance(interface, Interface) and interface.listen_port == 51822
     moved = await world.protocols.configure("wireguard", port=51901, server_id=own.node_id)
     assert moved.port == 51901
 
