@@ -17,6 +17,7 @@ MAX_STRANGE = 100_000  # of one node
 _GRACE = 10.0  # seconds; reports may be held up and then come close together
 LONGEST = 30 * 24 * HOUR  # seconds that a session may have counted before it is heard of
 _MAX_ID = 64
+_MOST_USED = 2**62  # an allowance is more, and has to fit its column too
 _EXACT = frozenset(Protocol) - {Protocol.WIREGUARD}
 
 Key = tuple[str, str]  # node id, session id
@@ -206,13 +207,16 @@ class Book:
             entry = entries.get(sample.id)
             if entry is not None and entry.exact:
                 self._count(entry, sample, now, counted)
+            elif not _fit(sample):
+                counted.refused += 1
             else:
                 strange = self.strange.setdefault(node_id, {})
                 if len(strange) < MAX_STRANGE or sample.id in strange:
                     strange[sample.id] = sample
         for usage in report.usage:
-            key = node_id, usage.account
-            self._batch.used[key] = max(self._batch.used.get(key, 0), usage.used)
+            if usage.used <= _MOST_USED:
+                key = node_id, usage.account
+                self._batch.used[key] = max(self._batch.used.get(key, 0), usage.used)
         return counted
 
     def adopt(
@@ -249,7 +253,7 @@ class Book:
             if sample is None:
                 continue
             entry = self.get(node_id, session_id) or self._reopened(ended.get(session_id))
-            if entry is None and session_id in owners and _fit(sample):
+            if entry is None and session_id in owners:
                 entry = _entry(node_id, owners[session_id], sample, now)
                 self.add(entry)
             if entry is None or not entry.exact:
@@ -394,7 +398,8 @@ def _remove(index: dict[str, dict[_K, Entry]], name: str, key: _K) -> None:
 
 def _fit(sample: SessionStats) -> bool:
     """Whether it can be stored; a node may be broken, or somebody else's by now."""
-    return 1 <= len(sample.id) <= _MAX_ID and sample.id.isprintable() and sample.protocol in _EXACT
+    names = sample.id.isprintable() and sample.username.isprintable() and sample.connection.isprintable()
+    return names and 1 <= len(sample.id) <= _MAX_ID and sample.protocol in _EXACT
 
 
 def _text(text: str) -> str:
@@ -408,8 +413,8 @@ def _entry(node_id: str, user_id: str, sample: SessionStats, now: float) -> Entr
         sample.id,
         user_id,
         sample.protocol,
-        _text(sample.username),
-        _text(sample.connection) or None,
+        sample.username,
+        sample.connection or None,
         _text(sample.remote),
         _text(sample.address),
         since,

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 import structlog
 
 from controller.accounts import rows as accounts
+from controller.errors import DomainError
 from controller.events.service import EventKind, Events, emit
 from controller.store.bulk import batched
 from controller.store.database import Committed, Database, StoreUnavailable, Topic, Transaction
@@ -28,6 +29,7 @@ USAGE_KEPT = timedelta(days=400)
 _LONGEST = 3600.0  # seconds without a look at the clock of limits, and between two purges
 _BATCH = 500
 _RETRY = 1.0
+_AGAIN = timedelta(minutes=1)  # after a limit that could not be enforced
 
 log = structlog.get_logger()
 
@@ -133,13 +135,16 @@ class Enforcement:
     async def _check_times(self) -> None:
         """Expiries, warnings and new periods; then the clock is set for the next one."""
         self._changed = False
+        failed: set[str] = set()
         while True:
             now = self._clock()
             async with self._database.connect() as connection:
                 due = (await connection.scalars(sa.select(LimitsRow.user_id).where(_is_due(now)).limit(_BATCH))).all()
-            for user_id in due:
-                await self._act(user_id, self._time)
-            if not due:
+            new = [user_id for user_id in due if user_id not in failed]
+            for user_id in new:
+                if not await self._act(user_id, self._time):
+                    failed.add(user_id)
+            if not new:
                 break
         async with self._database.connect() as connection:
             ends = await connection.scalar(sa.select(sa.func.min(LimitsRow.period_ends_at)))
@@ -150,14 +155,24 @@ class Enforcement:
                 sa.select(sa.func.min(LimitsRow.expires_at)).where(_untold(EventKind.EXPIRY_3D))
             )
         moments = [ends, expires, warns - WARNING if warns is not None else None]
-        if not self._changed:
+        if failed:
+            self._due = now + _AGAIN
+        elif not self._changed:
             self._due = min([moment for moment in moments if moment is not None], default=now + timedelta(days=1))
 
-    async def _act(self, user_id: str, act: Callable[[Transaction, LimitsRow], Awaitable[None]]) -> None:
-        async with self._database.transaction() as tx:
-            row = await tx.session.get(LimitsRow, user_id, with_for_update=True)
-            if row is not None:
-                await act(tx, row)
+    async def _act(self, user_id: str, act: Callable[[Transaction, LimitsRow], Awaitable[None]]) -> bool:
+        """False where another room refused: one account must not hold up the others."""
+        try:
+            async with self._database.transaction() as tx:
+                row = await tx.session.get(LimitsRow, user_id, with_for_update=True)
+                if row is not None:
+                    await act(tx, row)
+        except StoreUnavailable:
+            raise
+        except DomainError as error:
+            log.error("usage.not_enforced", user_id=user_id, reason=str(error))
+            return False
+        return True
 
     async def _quota(self, tx: Transaction, row: LimitsRow) -> None:
         quota = row.quota_bytes

@@ -13,6 +13,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from controller.accounts import rows as accounts
+from controller.accounts.errors import UserNotFound
 from controller.desired import service as desired
 from controller.fleet import census
 from controller.store.bulk import batched
@@ -108,8 +109,11 @@ class Granting:
                         or not leases.wants(quotas[user_id][0], lease, self._most)
                     ):
                         continue
-                    async with self._database.transaction() as tx:
-                        await self._renew(tx, node_id, user_id)
+                    try:
+                        async with self._database.transaction() as tx:
+                            await self._renew(tx, node_id, user_id)
+                    except UserNotFound:
+                        continue  # deleted meanwhile, and its leases too
         except BaseException:
             self._due |= due
             raise

@@ -158,8 +158,8 @@ def _note_lease(insert: Any) -> Any:
         index_elements=["node_id", "user_id"],
         set_={
             "ledger": new.ledger,
-            "allowance": sa.case((same, table.c.allowance), else_=0),
-            "reserved": sa.case((same, table.c.reserved), else_=0),
+            "allowance": sa.case((same, table.c.allowance), else_=new.allowance),
+            "reserved": sa.case((same, table.c.reserved), else_=new.reserved),
             "used": sa.case((sa.and_(same, table.c.used > new.used), table.c.used), else_=new.used),
         },
     )

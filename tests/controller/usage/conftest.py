@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from prometheus_client import CollectorRegistry
 
 from controller.access.tables import CredentialRow
+from controller.accounts.errors import UserNotFound
 from controller.accounts.tables import UserRow
 from controller.desired import service as desired
 from controller.events.service import Events
@@ -44,6 +45,7 @@ class World:
     now: datetime = START
     sequence: int = 0
     refreshed: list[str] = field(default_factory=list)
+    broken: set[str] = field(default_factory=set)  # users who cannot be refreshed
     acknowledged: list[tuple[str, int]] = field(default_factory=list)
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
@@ -76,6 +78,8 @@ class World:
         return live
 
     async def refresh(self, tx: Transaction, user_id: str) -> None:
+        if user_id in self.broken:
+            raise UserNotFound
         await rebalance(tx, user_id)
         self.refreshed.append(user_id)
 
