@@ -64,7 +64,7 @@ def configured(state: ProtocolState, active_users: Mapping[str, int]) -> dict[st
     return protocol(state, active_users) | {"settings": state.settings}
 
 
-def system(loads: Sequence[Load]) -> dict[str, Any]:
+def system_metrics(loads: Sequence[Load]) -> dict[str, Any]:
     """The mean of the nodes that are online; zeros where none is."""
     return {
         "cpu_usage": _mean([load.cpu for load in loads]),

@@ -92,7 +92,7 @@ class Irssh:
             self._directory.known(server_id)  # or it is not found
         loads = self._directory.loads()
         chosen = [load for node_id, load in loads.items() if server_id in (None, node_id)]
-        return Reply(presenters.system(chosen))
+        return Reply(presenters.system_metrics(chosen))
 
     async def active_users(self, call: Call) -> Reply:
         usernames = {user.id: user.username for user in await self._members.list_users()}
