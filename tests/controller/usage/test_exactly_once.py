@@ -200,7 +200,7 @@ class Ledger(RuleBasedStateMachine):
         host.boot += 1
         self.link_begins_anew(index)
 
-    @precondition(lambda self: getattr(self, "sent", None))
+    @precondition(lambda self: bool(getattr(self, "sent", None)))
     @rule(pick=st.integers(0, 9999))
     def report_is_repeated(self, pick: int) -> None:
         index, report = self.sent[pick % len(self.sent)]
@@ -255,4 +255,4 @@ class Ledger(RuleBasedStateMachine):
 
 
 TestLedger = Ledger.TestCase
-TestLedger.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)  # type: ignore[misc]
+TestLedger.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)

@@ -135,7 +135,7 @@ class Leases(RuleBasedStateMachine):
 
 
 TestLeases = Leases.TestCase
-TestLeases.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)  # type: ignore[misc]
+TestLeases.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
 @given(
