@@ -210,6 +210,35 @@ def _echo(opened: socket.socket) -> None:
             opened.sendall(data)
 
 
+@contextlib.contextmanager
+def name_server(namespace: Namespace, address: str) -> Iterator[None]:
+    """Says of every name that it is FAR, in this namespace (RFC 1035)."""
+    with namespace.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+        made.bind((address, 53))
+        opened = made.dup()
+
+    def serve() -> None:
+        while True:
+            query, client = opened.recvfrom(512)
+            if not query:
+                return
+            question = query[12 : query.index(0, 12) + 5]
+            wants_ipv4 = question[-4:-2] == b"\0\1"
+            answer = b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + socket.inet_aton(FAR) if wants_ipv4 else b""
+            counts = b"\0\1" + (b"\0\1" if wants_ipv4 else b"\0\0") + bytes(4)
+            opened.sendto(query[:2] + b"\x81\x80" + counts + question + answer, client)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with namespace.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
+            last.sendto(b"", (address, 53))
+        thread.join()
+        opened.close()
+
+
 def connect(namespace: Namespace, port: int, host: str = "127.0.0.1") -> socket.socket:
     """A connection from inside this namespace."""
     with namespace.entered():

@@ -42,7 +42,7 @@ class Accounts:
 
     async def prepare(self) -> None:
         """Make the group and the directory of keys; raise DriverError where the group is somebody else's."""
-        if await asyncio.to_thread(self._prepared):
+        if await asyncio.to_thread(_translated, self._prepared):
             return
         await commands.run(["groupadd", "--gid", str(GID), GROUP])
 
@@ -65,7 +65,7 @@ class Accounts:
         """Delete all of ours, the group, and the directory of keys."""
         await self.remove(list(await self.logins()))
         await asyncio.to_thread(shutil.rmtree, self.key_directory.parent, ignore_errors=True)
-        if await asyncio.to_thread(self._has_group):
+        if await asyncio.to_thread(_translated, self._has_group):
             await commands.run(["groupdel", GROUP])
 
     # --- in a thread ---
@@ -231,4 +231,4 @@ def _translated(function: Callable[[], T]) -> T:
     try:
         return function()
     except OSError as error:
-        raise DriverError(f"{error.filename or 'accounts'}: {error.strerror}") from error
+        raise DriverError(f"{error.filename or 'system accounts'}: {error.strerror}") from error

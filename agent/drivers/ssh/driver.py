@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +44,7 @@ class Ssh:
         self._sessions = Sessions(directory / "sessions.json", self._sshd.log, boot_id, notify)
         self._watcher: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
+        self._saves_fail = False
         self._strangers: dict[Client, float] = {}  # who is connected and has no session, and since when
 
     async def host_keys(self) -> list[str]:
@@ -80,7 +79,7 @@ class Ssh:
     async def close(self) -> None:
         if self._watcher is not None:
             await self._stop_watching()
-            await self._sessions.save()
+            await self._save()
         self._sessions.close()
         self._counters.close()
 
@@ -106,7 +105,7 @@ class Ssh:
         self._sessions.count(counts)
         told = self._sessions.tell(ended)
         if self._watcher is not None:
-            await self._sessions.save()
+            await self._save()
         await self._forget([*self._sessions.finished, *self._stale({*counts[0], *counts[1]})])
         return told
 
@@ -127,12 +126,22 @@ class Ssh:
             await asyncio.sleep(_LOOK_SECONDS)
             try:
                 await self._look()
-                await self._sessions.save()
                 failing = False
-            except (DriverError, OSError) as error:
+            except DriverError as error:
                 if not failing:
                     log.warning("ssh sessions cannot be watched", error=str(error))
                 failing = True
+            await self._save()
+
+    async def _save(self) -> None:
+        """A full disk ends nobody's session: what is not written is told all the same, unless the agent is killed."""
+        try:
+            await self._sessions.save()
+            self._saves_fail = False
+        except OSError as error:
+            if not self._saves_fail:
+                log.warning("ssh sessions cannot be written", file=str(self._sessions.file), error=error.strerror)
+            self._saves_fail = True
 
     async def _look(self) -> None:
         """Hold the sessions that have begun; those that may not go on are ended at once."""
@@ -175,8 +184,7 @@ class Ssh:
             doomed = [id_ for id_, name in self._sessions.names().items() if name in names]
             await self._sessions.end(doomed, "its login is gone")
             for pid in found:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                processes.kill(pid)
             if time.monotonic() > deadline:
                 raise DriverError(f"sshd still serves {', '.join(sorted(names))} {_PATIENCE:g} s after being killed")
 

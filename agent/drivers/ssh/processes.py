@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Process:
     descriptor: int
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        with _killing(self.pid):
             signal.pidfd_send_signal(self.descriptor, signal.SIGKILL)
 
     def close(self) -> None:
@@ -61,11 +61,28 @@ def hold(pid: int) -> Process | None:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
+    except OSError as error:
+        raise DriverError(f"process {pid} of sshd cannot be watched: {error.strerror}") from error
     started = _start(pid)
     if started is None:
         os.close(descriptor)
         return None
     return Process(pid, started, descriptor)
+
+
+def kill(pid: int) -> None:
+    with _killing(pid):
+        os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _killing(pid: int) -> Iterator[None]:
+    try:
+        yield
+    except ProcessLookupError:
+        return  # it has ended
+    except OSError as error:
+        raise DriverError(f"process {pid} of sshd cannot be ended: {error.strerror}") from error
 
 
 def children(pid: int) -> list[int]:

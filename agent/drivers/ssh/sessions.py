@@ -193,12 +193,17 @@ class Sessions:
             raise DriverError(f"a session of sshd does not end within {_KILL_PATIENCE:g} s of being killed") from error
 
     async def save(self) -> None:
+        """Write what has changed; raise OSError."""
         async with self._saving:
             if self.dirty:
-                self.dirty = False
                 logged = await asyncio.to_thread(self._log_size)  # before: a begin in between is told twice, not never
                 data = msgspec.json.encode(_Kept(self._boot_id, logged, self._records()))
-                await asyncio.to_thread(self._write, data)
+                self.dirty = False
+                try:
+                    await asyncio.to_thread(self._write, data)
+                except OSError:
+                    self.dirty = True
+                    raise
 
     def close(self) -> None:
         """Let go of all; they live on."""

@@ -31,6 +31,7 @@ from tests.support.openssh import (
     connect,
     echo_server,
     eventually,
+    name_server,
     text_of,
 )
 
@@ -115,15 +116,21 @@ async def test_a_key_lets_in_where_no_password_fits(net: Net, driver: Ssh) -> No
     assert [session.username for session in await begun(driver)] == ["alice"]
 
 
-async def test_a_proxy_of_the_client_reaches_by_name_and_address(net: Net, driver: Ssh) -> None:
+@pytest.mark.parametrize("server", ["127.0.0.53", "10.99.0.53"])
+async def test_a_proxy_of_the_client_reaches_by_name(net: Net, driver: Ssh, server: str) -> None:
+    """Names are resolved on the node, by its own resolver, which may be on loopback or in a private network."""
+    net.node.add_address("lo", "10.99.0.53/32")
+    (net.directory / "etc/resolv.conf").write_text(f"nameserver {server}\n")
+    (net.directory / "etc/nsswitch.conf").write_text("passwd: files\nshadow: files\ngroup: files\nhosts: dns\n")
+    await driver.ensure(SPEC)
     net.ssh("-D", f"127.0.0.1:{LOCAL}")
     await begun(driver)
 
-    with await asyncio.to_thread(connect, net.client, LOCAL) as opened:
-        opened.sendall(b"\5\1\0" + b"\5\1\0\1" + socket.inet_aton(FAR) + ECHO_PORT.to_bytes(2))
-        assert opened.recv(2) == b"\5\0"
-        assert opened.recv(10)[1] == 0
-        _echoed(opened, b"hello")
+    with name_server(net.node, server), await asyncio.to_thread(connect, net.client, LOCAL) as opened:
+        opened.sendall(b"\5\1\0" + b"\5\1\0\3" + bytes([len(b"far.example")]) + b"far.example" + ECHO_PORT.to_bytes(2))
+        assert await asyncio.to_thread(opened.recv, 2) == b"\5\0"
+        assert (await asyncio.to_thread(opened.recv, 10))[1] == 0
+        await asyncio.to_thread(_echoed, opened, b"hello")
 
 
 @pytest.mark.parametrize("password", ["wrong", "", PASSWORD + " ", "x" * 900])
@@ -378,6 +385,20 @@ async def test_a_session_that_is_not_admitted_ends_by_itself(net: Net, driver: S
 
     (session,) = await driver.sessions()
     assert (bool(session.ended), session.reason) == (True, "too many sessions")
+
+
+async def test_a_full_disk_hides_no_session(net: Net, driver: Ssh) -> None:
+    (net.directory / "ssh/sessions.new").mkdir()  # where it would write
+    client = net.ssh(*FORWARD)
+    (session,) = await begun(driver)
+
+    await asyncio.to_thread(net.client.end, client)
+
+    await eventually(lambda: has_ended(driver, session.id))
+
+
+async def has_ended(driver: Ssh, session_id: str) -> bool:
+    return any(session.id == session_id and session.ended for session in await driver.sessions())
 
 
 async def test_an_end_is_noticed_at_once(net: Net, driver: Ssh) -> None:
