@@ -77,13 +77,17 @@ class Access:
         log.info("access.granted", user_id=user_id, protocols=sorted(wanted))
 
     async def change_password(self, tx: Transaction, user_id: str, prepared: Secrets) -> None:
-        """Give the account's logins the new password; raise InvalidInput where one of them cannot take it."""
+        """Give the account's logins the new password; raise InvalidInput where one of them cannot take it.
+
+        Those of protocols that it may no longer use are about to go.
+        """
+        user = await _user(tx, user_id)
         own = await _own(tx.session, user_id)
-        for protocol in sorted(own):
+        for protocol in sorted(own if user.protocols is None else own.keys() & set(user.protocols)):
             _refuse("password", prepared.problem(protocol))
             credentials.set_secret(tx, own[protocol], prepared.of(protocol))
         if own:
-            await credentials.bring(tx, list(own.values()), await standing_of(tx.session, await _user(tx, user_id)))
+            await credentials.bring(tx, list(own.values()), await standing_of(tx.session, user))
 
     async def refresh(self, tx: Transaction, user_id: str) -> None:
         """Bring the nodes to what the account may do now. Where it is blocked, or may no longer use a protocol, its

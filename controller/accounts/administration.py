@@ -75,10 +75,10 @@ class Administration:
         async with self._database.transaction() as tx:
             row = await rows.numbered(tx.session, number, lock=True)
             rows.set_email(row, email)
-            if new is not None:
-                await self._changes.make(tx, row, new)
             if protocols is not None:
                 row.protocols = " ".join(protocols)
+            if new is not None:
+                await self._changes.make(tx, row, new)
             if active is not None and active != row.active:
                 await self._set_active(tx, row, active)
             row.updated_at = now()

@@ -12,9 +12,10 @@ import sqlalchemy as sa
 from controller.access.errors import PasswordHashUnavailable
 from controller.access.tables import CredentialRow
 from controller.access.usernames import check_login, new_login
-from controller.accounts.service import Client
+from controller.accounts.service import Client, User
 from controller.accounts.tables import UserRow
 from controller.errors import InvalidInput
+from controller.store.database import Transaction
 from controller.store.types import now
 from shared import crypt
 from shared.access import USERNAME, Limits
@@ -167,6 +168,20 @@ async def test_a_new_password_that_a_login_cannot_take_changes_nothing_at_all(wo
         await world.administration.update_user(user.number, password="ein schönes neues")
     assert await world.wanted() == before
     await world.accounts.login("alice", PASSWORD, "skynet", CLIENT)
+
+
+async def test_a_password_need_not_suit_a_protocol_that_is_taken_away_with_it(world: Any) -> None:
+    user = await world.user()
+    await world.grant(user, "ssh", "l2tp")
+    password = "ein schönes neues"
+    secrets = await world.access.prepare(password, ["ssh"])
+
+    async def grant(tx: Transaction, changed: User) -> None:
+        await world.access.grant(tx, changed.id, ["ssh"], secrets)
+
+    await world.administration.update_user(user.number, password=password, protocols=["ssh"], also=grant)
+    [login] = (await world.wanted()).values()
+    assert (login.protocol, crypt.verify_password(password, login.secret)) == ("ssh", True)
 
 
 async def test_an_account_without_logins_may_have_any_password(world: Any) -> None:
