@@ -92,7 +92,7 @@ class Convergence:
         """
         spec = self.desired.interface
         if not change.withdrawn and not change.admitted:
-            self._settle()
+            self.settle()
             return []
         self._proven = None
         if spec is None or self._down is not None:
@@ -234,7 +234,7 @@ class Convergence:
         for key in failed.keys() - self.desired.peers.keys():
             if owner is not None:  # it could not be removed, and belongs to no scope any more
                 self._faults[owner][Kind.WIREGUARD_PEER, encode_key(key)] = failed[key]
-        self._settle()
+        self.settle()
 
     def _account(self, change: Change, failed: dict[bytes, str]) -> None:
         for key, (name, old) in change.withdrawn.items():
@@ -248,9 +248,9 @@ class Convergence:
             else:
                 self._faults[name].pop((Kind.WIREGUARD_PEER, new.key), None)
                 self._totals[name] += new.digest()
-        self._settle()
+        self.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         self._counters.failures = sum(len(self._failures(name)) for name in self.desired.scopes)
         self._counters.peers = 0 if self._down else len(self.desired.peers)
 

@@ -24,7 +24,7 @@ from shared.resource import Protocol
 
 _LIVE_SECONDS = 1.0  # between two looks at a server with sessions
 _LIMIT_PAUSE = 0.05  # seconds between two changes of what the kernel enforces
-_DUTY = 50  # looking takes at most one part in so many of the time, however many sessions there are
+_DUTY = 20  # looking takes at most one part in so many of the time, however many sessions there are
 
 log = structlog.get_logger()
 

@@ -51,6 +51,7 @@ class Reporter:
         self._young: dict[bytes, float] = {}  # peers without a handshake -> when they were seen first
         self._sessions: dict[bytes, Session] = {}
         self._earlier: Mapping[bytes, PeerStats] | None = None  # the reading that was counted last, while in doubt
+        self._parted = asyncio.Event()  # last counters wait for the disk
         self._polled = self._cost = 0.0
         self._failing = False
         reconciler.on_farewell(self._part)
@@ -74,7 +75,13 @@ class Reporter:
                 await self.poll()
             elif self.reports.greeting_due:
                 await self._report(self._read_load())
-            await asyncio.sleep(min(self._fast_seconds, self._pause()))
+            try:
+                async with asyncio.timeout(min(self._fast_seconds, self._pause())):
+                    await self._parted.wait()
+                self._parted.clear()
+                await self._ledger.flush()
+            except TimeoutError:
+                continue
 
     async def poll(self) -> None:
         """Read all counters once, and report what changed."""
@@ -118,6 +125,7 @@ class Reporter:
         changed.gone = self._allowances.forget(peers)
         changed.meters.clear()
         self._put(changed)
+        self._parted.set()
         for key in peers:
             self._sessions.pop(key, None)
         try:

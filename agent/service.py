@@ -15,13 +15,14 @@ from agent.drivers.nftables import Nftables
 from agent.drivers.wireguard import choose
 from agent.host import Host
 from agent.identity import Identity
+from agent.intake import Guard
 from agent.keeper import Keeper
 from agent.ledger import Ledger
 from agent.link import Link, Outbox
 from agent.load import PROC, LoadReader
 from agent.metrics import MetricsServer, all_lines
 from agent.notify import Notifier
-from agent.reconciler import Guard, Reconciler
+from agent.reconciler import Reconciler
 from agent.renewal import Renewal
 from agent.reporter import Reporter
 from agent.reports import Reports

@@ -21,7 +21,7 @@ from shared.services import Server
 
 T = TypeVar("T")
 
-_CHUNK = 250  # logins in one call of the driver: between two calls removals and kicks get their turn
+_CHUNK = 1000  # logins in one call of the driver: between two calls removals and kicks get their turn
 _MOST_SECONDS = 30.0  # between two tries
 _LOOK_SECONDS = 1.0  # between two looks at a server that has called
 _HUNG_SECONDS = 120.0

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from agent.counters import Counters
 from agent.host import Host
-from agent.reconciler import Guard, Reconciler
+from agent.intake import Guard
+from agent.reconciler import Reconciler
 from agent.services import Services
 from agent.state import State
 from shared.access import Credential

@@ -331,7 +331,7 @@ async def test_server_that_is_no_longer_wanted_is_stopped(tmp_path: Path) -> Non
 
 
 async def test_revocation_does_not_wait_for_a_crowd_that_is_let_in(tmp_path: Path) -> None:
-    crowd = [login(number) for number in range(100, 1100)]
+    crowd = [login(number) for number in range(100, 2600)]
     async with Node(tmp_path) as node:
         await serving(node)
         gate = node.driver().gates["put"] = asyncio.Event()
