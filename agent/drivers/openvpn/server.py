@@ -102,6 +102,7 @@ class Server:
         states = await self._management.ask("state", listing=True)
         if not any(line.split(",")[1:2] == ["CONNECTED"] for line in states):
             return False
+        self._serving.set()
         self._management.tell("state on")
         for row in await self._look():
             if not row.address:
@@ -168,6 +169,8 @@ class Server:
                 self._serving.set()
             elif message.source == "FATAL":
                 self._words = message.text
+            elif message.source == "HOLD" and self._serving.is_set():
+                self._management.tell("hold release")  # it starts over by itself, and would hold still for ever
         elif message.kind in ("CONNECT", "REAUTH"):
             self._asked(message)
         elif message.kind == "ESTABLISHED":
@@ -228,7 +231,6 @@ class Server:
         client = self._clients.get(event.cid)
         if client is None:
             return
-        # In this order: the variables name them from the client's side of the wire as seen here.
         client.rx = max(client.rx, int(event.variables.get("bytes_received") or 0))
         client.tx = max(client.tx, int(event.variables.get("bytes_sent") or 0))
         self._finish(client, "")
