@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from shared.services import L2TP_PORT, L2tpServer
 from tests.support.netns import CommandFailed, Namespace, wait_until
 
 SLOWDOWN = int(os.environ.get("SKYNETVPN_TEST_SLOWDOWN", "1"))
+_UP = re.compile(r"Using interface (\S+).*local  IP address (\S+)\s+remote IP address (\S+)", re.DOTALL)
 IN_GUEST = os.environ.get("SKYNETVPN_KERNEL_TESTS") == "1"
 _FASTEST = ("aes256-sha256-ecp256", "aes256gcm16")  # of IKE and of ESP
 
@@ -122,8 +124,7 @@ class L2tpClient:
 
     def denied(self) -> bool:
         """Whether the server has refused the last login."""
-        log = self._directory / "ppp" / "pppd.log"
-        return log.exists() and b"authentication failed" in log.read_bytes()
+        return "authentication failed" in self._log()
 
     def ppp(self) -> bool:
         """Whether a pppd is there, with an address or not yet."""
@@ -134,11 +135,14 @@ class L2tpClient:
         self.namespace.run("ping", *options, address, timeout=60 * SLOWDOWN)
 
     def _point_to_point(self) -> tuple[str, str, str]:
-        for line in self.namespace.run("ip", "-br", "-4", "address", "show", "up").splitlines():
-            match line.split():
-                case [name, _, address, "peer", peer, *_] if name.startswith("ppp"):
-                    return name, address, peer.split("/")[0]
-        return "", "", ""
+        """Interface, own and server's address, as pppd says it: to ask the kernel again and again is slow there."""
+        text = self._log()
+        found = _UP.search(text)
+        return (found[1], found[2], found[3]) if found and "Connection terminated." not in text else ("", "", "")
+
+    def _log(self) -> str:
+        path = self._directory / "ppp" / "pppd.log"
+        return path.read_text(errors="replace") if path.exists() else ""
 
     def _write_ppp(self, username: str, password: str) -> None:
         ppp = self._directory / "ppp"

@@ -17,6 +17,7 @@ from agent.drivers.l2tp.processes import Daemon, Process, end
 from agent.drivers.l2tp.records import write
 
 PROGRAM = "/usr/sbin/charon-systemd"
+CRYPTOGRAPHY = "/usr/lib/ipsec/plugins/libstrongswan-openssl.so"
 PORTS = (500, 4500)
 _ANSWER_WITHIN = 10.0
 _END_WITHIN = 5.0  # it says farewell to its clients

@@ -26,7 +26,12 @@ from shared.resource import Protocol
 from shared.services import L2TP_PORT, L2tpServer, Server
 
 _PPPOX, _PPPOL2TP = 24, 1  # socket(2)'s family and protocol, linux/if_pppox.h
-_PACKAGES = {charon.PROGRAM: "charon-systemd", xl2tpd.PROGRAM: "xl2tpd", xl2tpd.PPPD: "ppp"}
+_PACKAGES = {
+    charon.PROGRAM: "charon-systemd",
+    charon.CRYPTOGRAPHY: "libstrongswan-standard-plugins",
+    xl2tpd.PROGRAM: "xl2tpd",
+    xl2tpd.PPPD: "ppp",
+}
 
 
 @dataclass(slots=True)
