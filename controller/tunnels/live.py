@@ -32,7 +32,9 @@ from shared.protocol import Report
 from shared.resource import Protocol
 
 FLUSH_INTERVAL = 2.0  # seconds
-_HURRY = 0.1  # seconds after something that somebody waits for: a session began or ended
+# Seconds after something that somebody waits for: a session began or ended, an allowance is being used up. A node
+# tells the last counters of a peer that it removes within that time: they still count.
+_HURRY = 0.25
 _OVERLAP = timedelta(minutes=5)  # ended rows are looked for again so long: commits and clocks are not in one order
 _CHUNK = 500  # engines limit the parameters of a statement
 _MANY = 20_000  # sessions that are looked up at a time

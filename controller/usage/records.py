@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,17 +113,24 @@ class Records:
     async def _note_leases(
         self, connection: AsyncConnection, batch: Batch, metered: Collection[str]
     ) -> list[tuple[str, str]]:
+        """Nodes tell all that they know when a link begins: only what has grown, or is of a new ledger, is news."""
         if not batch.used:
             return []
         users = await self.users(connection, {number for _, number in batch.used})
         ledgers = await census.ledgers(connection, {node_id for node_id, _ in batch.used})
-        rows = sorted(
-            (node_id, users[number], ledgers[node_id], 0, 0, used)
-            for (node_id, number), used in batch.used.items()
-            if users.get(number) in metered and ledgers.get(node_id)
-        )
+        told: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        for (node_id, number), used in batch.used.items():
+            if users.get(number) in metered and ledgers.get(node_id):
+                told[node_id][users[number]] = used
+        rows: list[tuple[Any, ...]] = []
+        for node_id, counts in sorted(told.items()):
+            known = await _leases(connection, node_id, sorted(counts))
+            for user_id, used in sorted(counts.items()):
+                ledger, before = known.get(user_id, (ledgers[node_id], 0))
+                if used > before or ledger != ledgers[node_id]:
+                    rows.append((node_id, user_id, ledgers[node_id], 0, 0, used))
         await _NOTE_LEASE.run(connection, rows)
-        return [(row[0], row[1]) for row in rows]
+        return [(node_id, user_id) for node_id, user_id, *_, used in rows if used]
 
     def _committed(self, committed: Committed) -> None:
         if Topic.LIMITS in committed.topics:
@@ -188,6 +195,19 @@ _USE_QUOTA = Bulk(
     ["moved", "of_user"],
 )
 _NOTE_LEASE = Bulk(_note_lease, ["node_id", "user_id", "ledger", "allowance", "reserved", "used"])
+
+
+async def _leases(connection: AsyncConnection, node_id: str, user_ids: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """The ledger and the count that each of the node's leases goes by."""
+    found: dict[str, tuple[str, int]] = {}
+    for chunk in batched(user_ids):
+        rows = await connection.execute(
+            sa.select(LeaseRow.user_id, LeaseRow.ledger, LeaseRow.used).where(
+                LeaseRow.node_id == node_id, LeaseRow.user_id.in_(chunk)
+            )
+        )
+        found |= {row.user_id: (row.ledger, row.used) for row in rows}
+    return found
 
 
 def _row(entry: Entry) -> tuple[Any, ...]:

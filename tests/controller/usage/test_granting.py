@@ -200,3 +200,16 @@ async def test_an_absurd_count_of_a_node_is_not_taken(world: Any, granting: Gran
     await world.store(used={1: 2**63 - 1})
     await granting.renew()
     assert (await rows(world))[NODES[0]][2] == 1000
+
+
+async def test_a_node_that_only_repeats_itself_gets_nothing(world: Any, granting: Granting, nodes: Nodes) -> None:
+    await world.store(used={1: 0}, node=1)
+    await granting.renew()
+    assert await rows(world) == {}
+    await use(world, granting, 1000)
+    nodes.now += IDLE
+    await granting.take_back()
+    lease = await world.lease(1)
+    await world.store(used={1: 1000}, complete=True)
+    await granting.renew()
+    assert await world.lease(1) == lease
