@@ -63,7 +63,7 @@ def test_metrics_and_their_table_are_the_same() -> None:
     exported = set(re.findall(r"^# TYPE (\S+)", served, re.MULTILINE))
     for source in (ROOT / "controller").rglob("*.py"):
         exported |= set(re.findall(r'"(skynetvpn_[a-z_]+)"', source.read_text()))
-    assert {stem(name) for name in re.findall(r"(?:skynetvpn|wireguard)_[a-z_]+", OPERATIONS)} == {
+    assert {stem(name) for name in re.findall(r"\b(?:skynetvpn|wireguard)_[a-z_]+\b", OPERATIONS)} == {
         stem(name) for name in exported
     }
 
