@@ -15,7 +15,7 @@ from agent.state import State
 from shared.protocol import AccountUsage, Load, PeerStats, Report, SessionStats
 
 _CHUNK = 2000  # peers or sessions per report
-_MOST_LIVE = 15_000  # sessions in the one report that has them all; with the longest texts it still fits a frame
+_MOST_LIVE = 15_000  # sessions in the one report that has them all, or else there is none: it has to fit a frame
 _ANSWER_SECONDS = 30
 
 
@@ -66,6 +66,7 @@ class Reports:
             self._give_up_waiting()
             complete = self.sessions_known and not self._complete
             sessions = self._sessions.news(complete=complete)
+            complete = complete and len(sessions) <= _MOST_LIVE
             peers = [peer for key, peer in self.latest.items() if _news(peer, self._reported.get(key))]
             usage = self._allowances.news()
             gone = [peer for key, peer in self._gone.items() if key not in self._gone_sent]

@@ -67,7 +67,7 @@ class ServerCertificate:
             if self._outbox.connected:
                 tries = 0 if await self._renewed() else tries + 1
             await self._watch()
-            hurried = self._serving.fault is not None or not self._outbox.connected
+            hurried = tries or self._serving.fault is not None or not self._outbox.connected
             pause = self._waiting_seconds if hurried else max(self._waiting_seconds, _LOOK_SECONDS)
             await asyncio.sleep(min(pause * 2 ** min(tries, 12), _MOST_SECONDS))
 
