@@ -19,7 +19,7 @@ from controller.fleet.layers import FLEET, merged
 from controller.fleet.layerstore import read_layers, write_layer
 from controller.fleet.nodes import INTERFACE, NodeSpec, NodeStatus
 from controller.fleet.offer import known_protocols
-from controller.fleet.settings import FleetSettings as FleetSettings
+from controller.fleet.settings import FleetSettings
 from controller.fleet.standing import Standing, servers_from
 from controller.fleet.tables import EVERYTHING, AppliedRow, JoinTokenRow, NodeRow
 from controller.store.database import Database, Topic, Transaction
