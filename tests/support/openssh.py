@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import itertools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -45,6 +46,9 @@ def own_etc(directory: Path) -> Iterator[None]:
     shadow = Path("/etc/shadow").stat()
     os.chown(directory / "shadow", shadow.st_uid, shadow.st_gid)
     directory.chmod(0o755)
+    shutil.rmtree(directory / "skynetvpn-ssh", ignore_errors=True)  # should this host be a node
+    for path in (directory / "group", directory / "gshadow"):
+        path.write_text(re.sub(r"(?m)^skynetvpn-ssh:.*\n", "", path.read_text()))
     where = Path.cwd()
     before = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     _checked(_libc.unshare(_CLONE_NEWNS))

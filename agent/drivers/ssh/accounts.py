@@ -27,6 +27,7 @@ from agent.drivers.ssh.passwd import Accounts as Known
 from shared.access import Credential
 from shared.resource import InvalidResource, Protocol
 
+_ETC = Path("/etc")
 _PATIENCE = 15.0  # seconds, as lckpwdf(3) waits
 _DAY = 86400
 # sshd reads a key file with the rights of its user: it must be able to get there, and public keys are no secret.
@@ -36,9 +37,7 @@ T = TypeVar("T")
 
 
 class Accounts:
-    def __init__(self, etc: Path = Path("/etc")) -> None:
-        self._etc = etc
-        self.key_directory = etc / "skynetvpn-ssh" / "keys"
+    key_directory = _ETC / "skynetvpn-ssh" / "keys"
 
     async def prepare(self) -> None:
         """Make the group and the directory of keys; raise DriverError where the group is somebody else's."""
@@ -77,7 +76,7 @@ class Accounts:
         return self._has_group()
 
     def _has_group(self) -> bool:
-        for line in (self._etc / "group").read_text(errors="surrogateescape").split("\n"):
+        for line in (_ETC / "group").read_text(errors="surrogateescape").split("\n"):
             name, _, rest = line.partition(":")
             gid = rest.split(":")[1] if ":" in rest else ""
             if name == GROUP and gid != str(GID):
@@ -141,7 +140,7 @@ class Accounts:
             self._exchange("passwd", {name: passwd_line(login) for name, login in changed.items()})
             written = self._known().ours
             if any(written.get(name) != login for name, login in logins.items()):
-                raise DriverError(f"{self._etc}/passwd and shadow do not say what was written there")
+                raise DriverError(f"{_ETC}/passwd and shadow do not say what was written there")
         return refused
 
     def _remove(self, names: Sequence[str]) -> dict[str, int]:
@@ -170,7 +169,7 @@ class Accounts:
         temporary.replace(path)
 
     def _text(self, name: str) -> str:
-        return (self._etc / name).read_bytes().decode(errors="surrogateescape")
+        return (_ETC / name).read_bytes().decode(errors="surrogateescape")
 
     def _exchange(self, name: str, lines: Mapping[str, str | None]) -> None:
         """Change lines of passwd or shadow; the caller holds the lock."""
@@ -178,9 +177,9 @@ class Accounts:
         new = replace(old, lines)
         if not lines or new == old:
             return
-        path = self._etc / name
+        path = _ETC / name
         before = path.stat()
-        temporary = self._etc / f".{name}.skynetvpn"  # one name: what a crash leaves is overwritten by the next
+        temporary = _ETC / f".{name}.skynetvpn"  # one name: what a crash leaves is overwritten by the next
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
             os.fchown(file.fileno(), before.st_uid, before.st_gid)
@@ -193,7 +192,7 @@ class Accounts:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """lckpwdf(3), which glibc gives to one thread of a process only."""
-        with os.fdopen(os.open(self._etc / ".pwd.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb") as file:
+        with os.fdopen(os.open(_ETC / ".pwd.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb") as file:
             deadline = time.monotonic() + _PATIENCE
             while True:
                 try:
@@ -201,7 +200,7 @@ class Accounts:
                     break
                 except (BlockingIOError, PermissionError) as error:
                     if time.monotonic() > deadline:
-                        raise DriverError(f"another program holds the lock of {self._etc}/passwd") from error
+                        raise DriverError(f"another program holds the lock of {_ETC}/passwd") from error
                     time.sleep(0.02)
             yield
 

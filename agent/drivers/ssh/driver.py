@@ -33,13 +33,11 @@ class Ssh:
 
     protocol = Protocol.SSH
 
-    def __init__(
-        self, directory: Path, *, boot_id: str, admit: Admit, notify: Notify, etc: Path = Path("/etc")
-    ) -> None:
+    def __init__(self, directory: Path, *, boot_id: str, admit: Admit, notify: Notify) -> None:
         self._sshd = Sshd(directory)
         self._admit = admit
         self._notify = notify
-        self._accounts = Accounts(etc)
+        self._accounts = Accounts()
         self._counters = Counters()
         self._sessions = Sessions(directory / "sessions.json", self._sshd.log, boot_id, notify)
         self._watcher: asyncio.Task[None] | None = None
@@ -65,6 +63,8 @@ class Ssh:
             await self._adopt()
         else:
             await self._take(await asyncio.to_thread(processes.all_sessions))
+        if self._watcher is None or self._watcher.done():
+            self._watcher = asyncio.create_task(self._watch(), name="ssh sessions")
 
     async def stop(self) -> None:
         await self._stop_watching()
@@ -118,7 +118,6 @@ class Ssh:
         await self._sessions.load()
         await self._take(await asyncio.to_thread(processes.all_sessions), admitted=True)
         await self._sessions.settle()
-        self._watcher = asyncio.create_task(self._watch(), name="ssh sessions")
 
     async def _watch(self) -> None:
         failing = False
@@ -126,6 +125,7 @@ class Ssh:
             await asyncio.sleep(_LOOK_SECONDS)
             try:
                 await self._look()
+                await self._miss_listener()
                 failing = False
             except DriverError as error:
                 if not failing:
@@ -148,6 +148,14 @@ class Ssh:
         async with self._looking:
             if self._sshd.listener is not None:
                 await self._take(await asyncio.to_thread(self._begun, self._sshd.listener))
+
+    async def _miss_listener(self) -> None:
+        """Tell that sshd has ended, so that it is started again before the next periodic look."""
+        listener = self._sshd.listener
+        if listener is not None and not await asyncio.to_thread(processes.lives, listener):
+            self._sshd.listener = None
+            log.warning("sshd has ended", pid=listener)
+            self._notify()
 
     def _begun(self, listener: int) -> list[processes.Found]:
         new = [pid for pid in processes.children(listener) if pid not in self._sessions.monitors]

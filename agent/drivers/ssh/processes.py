@@ -104,6 +104,10 @@ def is_listener(pid: int, config: Path) -> bool:
     return "[listener]" in title and f"-f {config} " in title
 
 
+def lives(pid: int) -> bool:
+    return _status(pid) != _Status()
+
+
 def user_of(pid: int) -> str:
     """The user name in the title of one of sshd's processes, from when its client has given it; "" = none yet."""
     found = _TITLE.fullmatch(_title(pid).rstrip())

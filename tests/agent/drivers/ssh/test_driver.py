@@ -549,6 +549,18 @@ async def test_an_sshd_that_was_killed_is_started_again_and_its_sessions_live(ne
     assert int((net.directory / "ssh/sshd.pid").read_text()) != pid
 
 
+async def test_the_end_of_sshd_is_told_within_a_second(net: Net, driver: Ssh) -> None:
+    before = net.notified
+    os.kill(int((net.directory / "ssh/sshd.pid").read_text()), signal.SIGKILL)
+
+    async with asyncio.timeout(5):
+        while net.notified == before:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await driver.ensure(SPEC)
+    net.ssh(*FORWARD)
+    await begun(driver)
+
+
 async def test_another_port_leaves_live_sessions_alone(net: Net, driver: Ssh) -> None:
     net.ssh(*FORWARD)
     opened = await forwarded(net)
