@@ -30,6 +30,7 @@ from shared.services import SshServer
 from tests.support.netns import Namespace, wait_until
 
 NODE, CLIENT = "192.0.2.1", "192.0.2.2"
+NODE6, CLIENT6 = "2001:db8::1", "2001:db8::2"
 NODE_INSIDE, FAR = "198.51.100.1", "198.51.100.2"
 PORT, ECHO_PORT = 2222, 7000
 PASSWORD = "correct horse"
@@ -89,7 +90,9 @@ class Net:
     def _count(self) -> None:
         self.notified += 1
 
-    def argv(self, *options: str, user: str = "alice", key: Path | None = None, port: int = PORT) -> tuple[str, ...]:
+    def argv(
+        self, *options: str, user: str = "alice", key: Path | None = None, port: int = PORT, host: str = NODE
+    ) -> tuple[str, ...]:
         by_key = ("-i", str(key), "-o", "IdentitiesOnly=yes", "-o", "PreferredAuthentications=publickey")
         return (
             *("ssh", "-F", "none", "-p", str(port), "-o", "StrictHostKeyChecking=no", "-o", "LogLevel=ERROR"),
@@ -97,7 +100,7 @@ class Net:
             *("-o", "NumberOfPasswordPrompts=1", "-o", "ExitOnForwardFailure=yes", "-o", "ConnectTimeout=10"),
             *(by_key if key is not None else ("-o", "PubkeyAuthentication=no")),
             *options,
-            f"{user}@{NODE}",
+            f"{user}@{host}",
         )
 
     def ssh(
@@ -107,9 +110,10 @@ class Net:
         password: str = PASSWORD,
         key: Path | None = None,
         port: int = PORT,
+        host: str = NODE,
     ) -> subprocess.Popen[Any]:
         """A client that stays: `-N` with these options."""
-        argv = self.argv("-N", *options, user=user, key=key, port=port)
+        argv = self.argv("-N", *options, user=user, key=key, port=port, host=host)
         return self.client.popen(
             *(("sshpass", "-e") if key is None else ()),
             *argv,
@@ -260,7 +264,7 @@ def network(directory: Path) -> Iterator[Net]:
         Namespace("client") as client,
         Namespace("far") as far,
     ):
-        node.connect(client, f"{NODE}/24", f"{CLIENT}/24")
+        node.connect(client, f"{NODE}/24", f"{CLIENT}/24", (f"{NODE6}/64", f"{CLIENT6}/64"))
         node.connect(far, f"{NODE_INSIDE}/24", f"{FAR}/24")
         with node.entered(), echo_server(far, FAR, ECHO_PORT):
             yield Net(node, client, far, directory)

@@ -57,7 +57,7 @@ def render(spec: SshServer, *, group: str, host_keys: Iterable[Path], key_direct
         "MaxAuthTries 4",
         f"LoginGraceTime {LOGIN_GRACE}",
         "MaxStartups 100:30:500",
-        "PerSourceMaxStartups 20",  # one address alone does not use them up
+        "PerSourceMaxStartups 50",  # one address alone does not use them up
         # what he may do
         "MaxSessions 0",
         f"ForceCommand {NOLOGIN}",

@@ -74,7 +74,7 @@ def test_sshd_reads_what_was_meant(tmp_path: Path, forwards: bool, said: str) ->
         "logingracetime": "30",
         "maxauthtries": "4",
         "maxstartups": "100:30:500",
-        "persourcemaxstartups": "20",
+        "persourcemaxstartups": "50",
         "strictmodes": "yes",
     }.items():
         assert [given for name, given in found if name == option] == [value], option

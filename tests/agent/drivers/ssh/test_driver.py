@@ -19,9 +19,11 @@ from agent.drivers.ssh import Ssh
 from tests.support.netns import Namespace
 from tests.support.openssh import (
     CLIENT,
+    CLIENT6,
     ECHO_PORT,
     FAR,
     NODE,
+    NODE6,
     NODE_INSIDE,
     PASSWORD,
     PORT,
@@ -437,6 +439,28 @@ async def test_bytes_are_counted_for_each_session(net: Net, driver: Ssh) -> None
         now = after[before.id]
         for grown in (now.rx - before.rx, now.tx - before.tx):
             assert moved <= grown <= moved * 1.15, (grown, moved)
+
+
+async def test_a_client_that_comes_by_ipv6_is_counted(net: Net, driver: Ssh) -> None:
+    net.ssh(*FORWARD, host=NODE6)
+    with await forwarded(net) as opened:
+        await asyncio.to_thread(_exchange, opened, 500_000)
+
+    (session,) = await begun(driver)
+    assert session.remote.startswith(f"[{CLIENT6}]:")
+    assert 500_000 <= session.rx <= 600_000
+    assert 500_000 <= session.tx <= 600_000
+
+
+async def test_many_clients_at_once_are_all_told(net: Net, driver: Ssh) -> None:
+    for _ in range(30):
+        net.ssh()
+
+    found = await begun(driver, 30)
+
+    assert len({session.id for session in found}) == len({session.remote for session in found}) == 30
+    await driver.remove(["alice"])
+    assert all(session.ended for session in await driver.sessions())
 
 
 async def test_a_flush_of_the_hosts_rules_loses_no_count(net: Net, driver: Ssh) -> None:
