@@ -28,6 +28,9 @@ class Meters:
 
 
 class Allowances:
+    """`patience` seconds after its last byte an account counts as spent: so long the kernel holds its traffic back and
+    its sessions wait for a larger lease, which is under way as long as there is something left of the quota."""
+
     def __init__(
         self,
         ledger: str = "",
@@ -41,6 +44,8 @@ class Allowances:
         self.used = dict(used or {})
         self.spent: set[int] = set()
         self.granted: dict[int, int] = {}  # metered account -> the bytes up to which it may use this node
+        self.patience = 0.0
+        self._over: dict[int, float] = {}  # accounts that wait for a larger allowance -> since when
         self._meters = dict(meters or {})  # of metered peers: the generation and rx + tx at the last reading
         self._fresh = fresh  # the ledger has just begun: what peers had counted before is nobody's use
         self._clock = clock
@@ -112,9 +117,10 @@ class Allowances:
         if accounts is None:
             accounts = metered.keys() | self.spent
             self.granted = {account: allowed for account, allowed in self.granted.items() if account in metered}
-        joined, left = set(), set()
+        joined, left, gone, now = set[int](), set[int](), set[int](), self._clock()
         for account in accounts:
             if account not in metered:
+                gone.add(account)
                 self.granted.pop(account, None)
                 if account in self.spent:
                     left.add(account)
@@ -123,14 +129,23 @@ class Allowances:
             valid = lease is not None and bool(self.ledger) and lease.ledger == self.ledger
             allowed = lease.allowance if lease is not None and valid else metered[account]
             self.granted[account] = allowed
-            if self.used.get(account, 0) >= allowed:
-                if account not in self.spent:
+            if self.used.get(account, 0) < allowed:
+                self._over.pop(account, None)
+                if account in self.spent:
+                    left.add(account)
+            elif account not in self.spent:
+                since = self._over.setdefault(account, now)
+                if not self.patience or not self.used.get(account) or now - since >= self.patience:
                     joined.add(account)
-            elif account in self.spent:
-                left.add(account)
         self.spent |= joined
         self.spent -= left
+        self._over = {account: since for account, since in self._over.items() if account not in self.spent | gone}
         return joined, left
+
+    @property
+    def waiting(self) -> Collection[int]:
+        """The accounts that have used up what they may and are not spent yet: they have to be judged again."""
+        return self._over.keys()
 
     def remaining(self, account: int) -> int | None:
         """Bytes that a metered account may still use; None for others."""
@@ -150,6 +165,8 @@ class Allowances:
             if speed > 0 and used < allowed:
                 seconds = (allowed - used) / speed
                 first = seconds if first is None else min(first, seconds)
+        if self._over:
+            first = min(first or self.patience, self.patience)
         return None if first is None else max(first, _SHORTEST)
 
     # --- towards the controller ---

@@ -24,6 +24,8 @@ from shared.resource import Protocol
 
 _LIVE_SECONDS = 1.0  # between two looks at a server with sessions
 _LIMIT_PAUSE = 0.05  # seconds between two changes of what the kernel enforces
+_PATIENCE = 5.0  # seconds that an account may wait for a larger lease before its sessions end
+_MOST_SECONDS = 10.0  # between two looks that cost much
 _DUTY = 20  # looking takes at most one part in so many of the time, however many sessions there are
 
 log = structlog.get_logger()
@@ -91,7 +93,7 @@ class Keeper:
             await self.poll(serving)
             cost = time.monotonic() - started
             pause = self._live_seconds if self._sessions.live(serving.protocol) else self._poll_seconds
-            pause = max(min(pause, self._allowances.horizon() or pause), _DUTY * cost)
+            pause = max(min(pause, self._allowances.horizon() or pause), min(_DUTY * cost, _MOST_SECONDS))
             try:
                 async with asyncio.timeout(pause):
                     await wake.wait()
@@ -101,6 +103,7 @@ class Keeper:
     async def poll(self, serving: Serving) -> None:
         """Look at one server once: count, end who must not live on, and report who came or went."""
         protocol = serving.protocol
+        await self._end(serving)  # at once, by what is known: looking may take a while
         try:
             observed = await serving.sessions()
         except DriverError as error:
@@ -126,8 +129,8 @@ class Keeper:
         self._counters.service_sessions[protocol] = len(self._sessions.live(protocol))
         self._ledger.put(used=self._allowances.add(taken.used), sessions=taken.entries)
         await self._ledger.flush()
-        if taken.used:
-            await self._judge(taken.used)
+        if taken.used or self._allowances.waiting:
+            await self._judge({*taken.used, *self._allowances.waiting})
         await self._end(serving)
         if taken.turned or protocol in self._unknown:
             self._changed.set()
@@ -155,9 +158,12 @@ class Keeper:
             self._wakes[serving.protocol].set()
 
     async def _judge(self, accounts: Collection[int] | None = None) -> None:
+        waiting = set(self._allowances.waiting)
         if await self._reconciler.judge(accounts):
             self._changed.set()
             await self._report()
+        elif not waiting.issuperset(self._allowances.waiting):
+            await self._report()  # whoever waits for a larger lease gets it because of what this tells
 
     async def _report(self) -> None:
         try:
@@ -171,13 +177,14 @@ class Keeper:
             self._changed.clear()
             try:
                 await driver.apply(self._rights.allowed(self._uids))
+                self._allowances.patience = _PATIENCE  # from now on the kernel lets nothing more pass
                 if failing:
                     log.info("limits_recovered")
                 failing = False
             except DriverError as error:
                 if not failing:
                     log.error("limits_failed", error=str(error))
-                failing = True
+                failing, self._allowances.patience = True, 0.0
             try:
                 async with asyncio.timeout(self._poll_seconds):
                     await self._changed.wait()

@@ -137,8 +137,8 @@ class Reporter:
         if changed.used or changed.meters or changed.gone:
             self._put(changed)
             await self._ledger.flush()
-        if changed.used and self.judge is not None:
-            await self.judge(changed.used)
+        if self.judge is not None and (changed.used or self._allowances.waiting):
+            await self.judge({*changed.used, *self._allowances.waiting})
 
     def _put(self, changed: Meters) -> None:
         self._ledger.put(used=changed.used, meters=changed.meters, gone=changed.gone)

@@ -13,6 +13,9 @@ from ipaddress import ip_address
 from agent.drivers.base import Allowed
 
 TABLE = "inet skynetvpn_limits"
+# A packet that would go beyond is dropped whole, and the host joins segments to packets of up to so many bytes: without
+# it an account would be left with a rest that nothing fits into, and never be seen to have used up its allowance.
+_CUSHION = 65_536
 _MIN_BURST = 15_000  # bytes; less would cut single segments of a big-packet host
 _BURST_SECONDS = 0.2
 _KEYS = {
@@ -38,7 +41,7 @@ def content(accounts: Iterable[Allowed]) -> Content:
     for each in accounts:
         if each.remaining is not None:
             name = f"a{each.account}_{each.grant}"
-            objects[f"quota {name}"] = f"over {max(each.remaining, 1)} bytes"
+            objects[f"quota {name}"] = f"over {each.remaining + _CUSHION if each.remaining else 1} bytes"
             for address in each.addresses:
                 elements[f"addresses{ip_address(address).version}", address] = f'"{name}"'
             for uid in each.uids:
