@@ -95,22 +95,25 @@ class OpenVpn:
 
     async def remove(self, usernames: Sequence[str]) -> dict[str, str]:
         self._logins.remove(usernames)
-        for server in (await self._running()).values():
-            if server.alive:
-                await server.disconnect(server.clients(usernames=usernames), "the login was taken away")
+        for server in await self._attached():
+            await server.disconnect(server.clients(usernames=usernames), "the login was taken away")
         return {}
 
     async def sessions(self) -> list[LiveSession]:
         live: list[LiveSession] = []
-        for server in (await self._running()).values():
-            with contextlib.suppress(DriverError):  # it has just died: `_ended` has its clients, `ensure` tells why
+        for server in await self._attached():
+            try:
                 live += await server.sessions()
+            except DriverError:
+                if server.alive:
+                    raise
+                # It has just died: `ensure` tells why.
         ended = {session.id: session for session in self._ended}
         self._ended.clear()
         return [*(session for session in live if session.id not in ended), *ended.values()]
 
     async def kick(self, session_id: str) -> None:
-        for server in (await self._running()).values():
+        for server in await self._attached():
             await server.disconnect(server.clients(session=session_id), "ended by an administrator")
 
     async def close(self) -> None:
@@ -131,10 +134,10 @@ class OpenVpn:
         servers = await self._running()
         server = servers.get(wanted.transport)
         if server is not None and not server.alive:
-            await server.close()
-            server = servers.pop(wanted.transport, None) and None
-        if server is not None and not server.attached:
-            await self._attach_again(server)
+            await servers.pop(wanted.transport).close()
+            server = None
+        if server is not None:
+            await self._attach(server)
         if server is not None and (server.settings == wanted or not await self._must_change(server, wanted)):
             return
         await self._replace(server, wanted)
@@ -243,12 +246,7 @@ class OpenVpn:
         await self._discard(server)
         return None
 
-    def _server(
-        self, name: str, settings: Settings, management: Management, running: process.Process | None = None
-    ) -> Server:
-        running = running or process.find(management.pid, self._directory, f"{name}.conf")
-        if running is None:
-            raise DriverError(f"another program answers at {self._directory / name}.sock")
+    def _server(self, name: str, settings: Settings, management: Management, running: process.Process) -> Server:
         return Server(
             running,
             settings,
@@ -260,7 +258,16 @@ class OpenVpn:
             notify=self._notify,
         )
 
-    async def _attach_again(self, server: Server) -> None:
+    async def _attached(self) -> list[Server]:
+        """The servers that run, each with a connection: without one nobody can be sent away."""
+        servers = [server for server in (await self._running()).values() if server.alive]
+        for server in servers:
+            await self._attach(server)
+        return servers
+
+    async def _attach(self, server: Server) -> None:
+        if server.attached:
+            return
         management = await Management.connect(self._directory / f"{server.name}.sock")
         if management is None:
             raise DriverError("openvpn does not answer at its management socket")

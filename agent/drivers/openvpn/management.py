@@ -12,14 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
+import structlog
+
 from agent.drivers.base import DriverError
 from agent.drivers.openvpn.messages import END, AnswerLine, ClientEvent, MalformedMessage, Notice, Reader
+
+log = structlog.get_logger(__name__)
 
 _TIMEOUT = 10.0  # seconds for one answer
 _READ_BYTES = 256 * 1024
 _PEER = struct.Struct("3i")  # struct ucred, unix(7)
 
 Heard = Callable[[ClientEvent | Notice], None]
+Take = Callable[[list[str]], object]
 
 
 class Management:
@@ -67,10 +72,13 @@ class Management:
         """Send commands whose answers, one line each, nobody waits for."""
         self._send(commands, [_Question(listing=False, answer=None) for _ in commands])
 
-    async def ask(self, command: str, *, listing: bool = False) -> list[str]:
-        """Send one command and return its answer: one line, or a list of them; raise DriverError for ERROR."""
+    async def ask(self, command: str, *, listing: bool = False, take: Take = list) -> list[str]:
+        """Send one command and return its answer: one line, or a list of them; raise DriverError for ERROR.
+
+        `take` is called with it before anything that was said later is heard.
+        """
         answer: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
-        self._send([command], [_Question(listing, answer)])
+        self._send([command], [_Question(listing, answer, take)])
         try:
             async with asyncio.timeout(_TIMEOUT):
                 return await answer
@@ -106,9 +114,9 @@ class Management:
                         self._answer(message.text)
                     else:
                         self._heard(message)
-        except (MalformedMessage, OSError):
+        except (MalformedMessage, DriverError, OSError) as error:
             # A new connection starts with a clean slate; the process and its clients are not touched.
-            return
+            log.warning("openvpn.management_lost", error=str(error))
         finally:
             self._writer.close()
             for question in self._pending:
@@ -124,9 +132,10 @@ class Management:
 
 
 class _Question:
-    def __init__(self, listing: bool, answer: asyncio.Future[list[str]] | None) -> None:
+    def __init__(self, listing: bool, answer: asyncio.Future[list[str]] | None, take: Take = list) -> None:
         self._listing = listing
         self._answer = answer
+        self._take = take
         self._lines: list[str] = []
 
     def take(self, line: str) -> bool:
@@ -138,7 +147,9 @@ class _Question:
             self._lines.append(line)
             return False
         if self._answer is not None and not self._answer.done():
-            self._answer.set_result(self._lines if self._listing else [line])
+            answer = self._lines if self._listing else [line]
+            self._take(answer)
+            self._answer.set_result(answer)
         return True
 
     def fail(self, words: str) -> None:

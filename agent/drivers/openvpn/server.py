@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 
 import structlog
@@ -15,7 +16,7 @@ from agent.drivers.openvpn import process
 from agent.drivers.openvpn.config import Settings, quote
 from agent.drivers.openvpn.logins import Logins
 from agent.drivers.openvpn.management import Management
-from agent.drivers.openvpn.messages import ClientEvent, MalformedMessage, Notice, Row, login_name, remote, table
+from agent.drivers.openvpn.messages import ClientEvent, Notice, Row, login_name, remote, table
 from agent.drivers.openvpn.process import Process
 
 log = structlog.get_logger(__name__)
@@ -25,7 +26,7 @@ _START = 20.0  # seconds; the host may be busy
 _EXIT = 1.0
 # A client that was refused is kept for five seconds, so that what it still sends is not taken for a new handshake.
 _LINGER = 10.0
-_UNHEARD_KEYS = range(64)  # key negotiations of a client that was let in by an agent before this one
+_UNHEARD_KEYS = frozenset(range(64))  # key negotiations of a client that was let in by an agent before this one
 
 
 @dataclass(slots=True)
@@ -59,15 +60,13 @@ class Server:
         self.process = running
         self.settings = settings
         self.name = name
-        self._management = management
         self._boot_id = boot_id
         self._logins = logins
         self._ended = ended
         self._notify = notify
         self._clients: dict[int, Client] = {}
         self._leaving: dict[int, float] = {}  # cid -> when it has to be gone at the latest
-        self._examinations: set[asyncio.Task[None]] = set()
-        self._farewell: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._serving = asyncio.Event()
         self._words = ""
         self._attach(management)
@@ -104,10 +103,10 @@ class Server:
             return False
         self._serving.set()
         self._management.tell("state on")
-        for row in await self._look():
-            if not row.address:
+        for line in table(await self._look()):
+            if not line.address:
                 # It asked to come in while nobody was attached. It would wait for a minute: have it ask again.
-                self._management.tell(f"client-kill {row.cid}")
+                self._management.tell(f"client-kill {line.cid}")
         return True
 
     async def attach(self, management: Management) -> None:
@@ -116,8 +115,7 @@ class Server:
         await self.adopt()
 
     async def sessions(self) -> list[LiveSession]:
-        if self.attached:
-            await self._look()
+        await self._look()
         return [self._session(client) for client in self._clients.values() if client.established]
 
     def clients(self, *, usernames: Iterable[str] = (), session: str = "") -> list[Client]:
@@ -139,9 +137,7 @@ class Server:
         if not leaving:
             return
         for client in leaving:
-            self._leaving[client.cid] = time.monotonic() + _LINGER
-            self._expel(client.cid, _UNHEARD_KEYS if client.adopted else client.keys)
-            client.keys.clear()
+            self._expel(client.cid, _UNHEARD_KEYS.union(client.keys) if client.adopted else client.keys)
         await self._management.ask("pid")  # it has obeyed before it answers
         await self._look()
         for client in leaving:
@@ -151,12 +147,11 @@ class Server:
         """End the process; what it says of its clients on the way out is heard."""
         await process.end(self.process)
         await self._management.drained()
-        await self._lost(SERVER_ENDED)
+        self._finish_all()
 
     async def close(self) -> None:
-        for task in (*self._examinations, self._farewell):
-            if task is not None:
-                task.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._management.close()
 
     def _attach(self, management: Management) -> None:
@@ -184,14 +179,12 @@ class Server:
         reason = self._logins.decide(username, event.variables, again=again)
         if reason is not None:
             self._answer(event, username, reason)
-            return
-        task = asyncio.create_task(self._examine(event, username, again=again))
-        self._examinations.add(task)
-        task.add_done_callback(self._examinations.discard)
+        else:
+            self._spawn(self._examine(event, username, again=again))
 
     async def _examine(self, event: ClientEvent, username: str, *, again: bool) -> None:
         reason = await self._logins.examine(username, event.variables, again=again)
-        if self.attached:
+        if self.attached:  # else it asks again, those who were not answered are sent away when we are back
             self._answer(event, username, reason)
 
     def _answer(self, event: ClientEvent, username: str, reason: str) -> None:
@@ -207,11 +200,19 @@ class Server:
         self._management.tell(f"client-deny {cid} {kid} {words} {words}")
         if (known := self._clients.get(cid)) is not None:
             # A refused renewal would leave the old key in use for up to an hour.
-            self._leaving[cid] = time.monotonic() + _LINGER
-            self._expel(cid, _UNHEARD_KEYS if known.adopted else known.keys)
-            self._finish(known, reason)
+            self._spawn(self._refuse(known, reason))
+
+    async def _refuse(self, client: Client, reason: str) -> None:
+        with contextlib.suppress(DriverError):  # the connection is lost, which is told elsewhere
+            await self.disconnect([client], reason)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _expel(self, cid: int, keys: Iterable[int]) -> None:
+        self._leaving[cid] = time.monotonic() + _LINGER
         self._management.tell(f"client-kill {cid}", *(f"client-deny {cid} {kid} ended" for kid in keys))
 
     def _established(self, event: ClientEvent) -> None:
@@ -223,7 +224,7 @@ class Server:
         client.remote = remote(told.get("trusted_ip") or told.get("trusted_ip6", ""), told.get("trusted_port", ""))
         client.address = told.get("ifconfig_pool_remote_ip", "")
         client.address6 = told.get("ifconfig_pool_remote_ip6", "")
-        client.since = int(told.get("time_unix") or time.time())
+        client.since = _count(told.get("time_unix", "")) or int(time.time())
         self._notify()
 
     def _left(self, event: ClientEvent) -> None:
@@ -231,8 +232,8 @@ class Server:
         client = self._clients.get(event.cid)
         if client is None:
             return
-        client.rx = max(client.rx, int(event.variables.get("bytes_received") or 0))
-        client.tx = max(client.tx, int(event.variables.get("bytes_sent") or 0))
+        client.rx = max(client.rx, _count(event.variables.get("bytes_received", "")))
+        client.tx = max(client.tx, _count(event.variables.get("bytes_sent", "")))
         self._finish(client, "")
 
     def _finish(self, client: Client, reason: str) -> None:
@@ -241,46 +242,37 @@ class Server:
         self._ended(self._session(client, ended=int(time.time()), reason=reason))
         self._notify()
 
-    async def _look(self) -> list[Row]:
-        """Read the counters from the process, and take over clients that nobody told us of."""
-        try:
-            rows = table(await self._management.ask("status 3", listing=True))
-        except MalformedMessage as error:
-            raise DriverError(f"openvpn's status: {error}") from error
-        for row in rows:
-            if row.cid in self._leaving:
-                self._insist(row.cid)
-            elif row.address:
-                self._update(row)
-        return rows
+    async def _look(self) -> list[str]:
+        return await self._management.ask("status 3", listing=True, take=self._take_table)
 
-    def _update(self, row: Row) -> None:
-        client = self._clients.get(row.cid)
-        if client is None:
-            client = self._clients[row.cid] = Client(row.cid, row.username, adopted=True)
-        client.established = True
-        client.remote = client.remote or row.remote  # what it was told of has the port in any case
-        client.address, client.address6 = row.address, row.address6
-        client.since, client.rx, client.tx = row.since, row.rx, row.tx
-
-    def _insist(self, cid: int) -> None:
-        if time.monotonic() > self._leaving[cid]:
+    def _take_table(self, lines: list[str]) -> None:
+        """Take the counters, and learn who came and went while nobody was attached."""
+        rows = {row.cid: row for row in table(lines)}
+        for cid, row in rows.items():
+            client = self._clients.get(cid)
+            if client is None and row.address and cid not in self._leaving:
+                client = self._clients[cid] = Client(cid, row.username, adopted=True)
+            if client is not None and row.address:
+                _update(client, row)
+        for client in [client for client in self._clients.values() if client.established and client.cid not in rows]:
+            self._finish(client, "")
+        self._leaving = {cid: until for cid, until in self._leaving.items() if cid in rows}
+        for cid in [cid for cid, until in self._leaving.items() if time.monotonic() > until]:
             log.warning("openvpn.session_stays", transport=self.settings.transport, cid=cid)
-            self._leaving[cid] = time.monotonic() + _LINGER
             self._expel(cid, _UNHEARD_KEYS)
 
     def _disconnected(self) -> None:
-        self._farewell = asyncio.create_task(self._after_end())
+        self._spawn(self._after_end())
 
     async def _after_end(self) -> None:
         """The connection ends a moment before the process does, where it does."""
         if await process.gone(self.process, _EXIT):
-            await self._lost(SERVER_ENDED)
+            self._finish_all()
         self._notify()
 
-    async def _lost(self, reason: str) -> None:
+    def _finish_all(self) -> None:
         for client in list(self._clients.values()):
-            self._finish(client, reason)
+            self._finish(client, SERVER_ENDED)
 
     def _session(self, client: Client, ended: int = 0, reason: str = "") -> LiveSession:
         return LiveSession(
@@ -300,3 +292,14 @@ class Server:
         """OpenVPN numbers its clients from 0 on, in each process."""
         text = f"{self._boot_id} {self.process.pid} {self.process.started} {cid}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _update(client: Client, row: Row) -> None:
+    client.established = True
+    client.remote = client.remote or row.remote  # what it was told of has the port in any case
+    client.address, client.address6 = row.address, row.address6
+    client.since, client.rx, client.tx = row.since, row.rx, row.tx
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isascii() and text.isdecimal() else 0

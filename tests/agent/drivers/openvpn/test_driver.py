@@ -140,6 +140,56 @@ async def test_bytes_are_those_that_passed(driver: OpenVpn, rig: OpenVpnRig) -> 
     assert after.rx <= ended[0].rx <= after.rx + 1000
 
 
+async def test_what_passed_since_the_last_look_is_counted_when_a_session_is_ended(
+    driver: OpenVpn, rig: OpenVpnRig
+) -> None:
+    await driver.ensure(rig.spec())
+    await driver.put([rig.credential("alice"), rig.credential("bob")])
+    for username in ("alice", "bob"):
+        client = await connected(rig.client(username))
+        (before,) = await live(driver)
+        argv = ("ping", "-c", "50", "-i", "0.002", "-s", "1000", "-I", client.device, "10.70.0.1")
+        assert "50 received" in await asyncio.to_thread(rig.far.run, *argv)
+        if username == "alice":
+            await driver.kick(before.id)
+        else:
+            await driver.remove([username])
+        (ended,) = (each for each in await driver.sessions() if each.ended and each.id == before.id)
+        assert 50 * 1028 <= ended.rx - before.rx <= 50 * 1028 * 1.1
+        assert 50 * 1028 <= ended.tx - before.tx <= 50 * 1028 * 1.1
+        await asyncio.to_thread(client.end)
+        await driver.remove([username])
+
+
+async def test_a_lost_connection_is_made_anew_and_no_session_suffers(
+    driver: OpenVpn, rig: OpenVpnRig, told: asyncio.Event
+) -> None:
+    await driver.ensure(rig.spec(transports=("udp",)))
+    await driver.put([rig.credential("alice"), rig.credential("bob")])
+    alice, bob = await connected(rig.client("alice")), await connected(rig.client("bob"))
+    before = {each.username: each.id for each in await live(driver)}
+    told.clear()
+
+    assert driver._servers is not None
+    driver._servers["udp"]._management._writer.transport.abort()
+    async with asyncio.timeout(5):
+        await told.wait()
+    await asyncio.to_thread(alice.end)
+
+    ended: list[LiveSession] = []
+
+    async def bob_alone() -> bool:
+        seen = await driver.sessions()
+        ended.extend(each for each in seen if each.ended)
+        return {each.username: each.id for each in seen if not each.ended} == {"bob": before["bob"]}
+
+    await until(bob_alone)
+    assert [each.id for each in ended] == [before["alice"]]
+    assert await passes(bob)
+    await driver.remove(["bob"])
+    assert not await passes(bob)
+
+
 async def test_one_login_may_have_several_sessions_and_a_kick_takes_one(driver: OpenVpn, rig: OpenVpnRig) -> None:
     await driver.ensure(rig.spec())
     await driver.put([rig.credential("bob")])
