@@ -44,8 +44,8 @@ class Rights:
         most = credential.limits.max_sessions
         if not most:
             return None
-        live = sum(session.account == credential.account for session in self._sessions.live())
-        live += len(self._reporter.connected({credential.account}))
+        account = credential.account
+        live = self._sessions.count(account) + len(self._reporter.connected({account}))
         return too_many(most) if live >= most else None
 
     def condemned(self, protocol: Protocol) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -61,17 +62,18 @@ def open_limits() -> LimitsDriver:
 
 
 class Unserved:
-    """Stands for a protocol that the operator has not chosen for this host: it runs nothing and touches nothing."""
+    """Stands for a protocol that this host does not serve, or cannot: it runs nothing and touches nothing."""
 
-    def __init__(self, protocol: Protocol) -> None:
+    def __init__(self, protocol: Protocol, words: str | None = None) -> None:
         self._protocol = protocol
+        self._words = words or f"this host does not serve {protocol}: add it to `protocols` in agent.yaml"
 
     @property
     def protocol(self) -> Protocol:
         return self._protocol
 
     async def ensure(self, spec: Server) -> None:
-        raise Unsupported(f"this host does not serve {self.protocol}: add it to `protocols` in agent.yaml")
+        raise Unsupported(self._words)
 
     async def stop(self) -> None:
         return None
@@ -80,7 +82,7 @@ class Unserved:
         return {}
 
     async def put(self, credentials: Sequence[Credential]) -> dict[str, str]:
-        return {credential.username: f"this host does not serve {self.protocol}" for credential in credentials}
+        return {credential.username: self._words for credential in credentials}
 
     async def remove(self, usernames: Sequence[str]) -> dict[str, str]:
         return {}
@@ -194,12 +196,19 @@ class Services:
 
     async def close(self) -> None:
         for serving in self._serving.values():
-            await serving.close()
+            with contextlib.suppress(DriverError):
+                await serving.close()
 
     def _opened(self, protocol: Protocol, open_driver: OpenDriver | None) -> ServiceDriver:
         if open_driver is None or protocol not in self.protocols:
             return Unserved(protocol)
-        return open_driver(protocol, lambda username: self.admit(protocol, username), lambda: self._noticed(protocol))
+        try:
+            return open_driver(
+                protocol, lambda username: self.admit(protocol, username), lambda: self._noticed(protocol)
+            )
+        except Exception as error:  # a library that is missing, or a bug: the other protocols need none of it
+            log.exception("driver_broken", protocol=str(protocol))
+            return Unserved(protocol, f"{protocol} cannot be served: {type(error).__name__}: {error}")
 
     async def _protected(self) -> str | None:
         return await self.protect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ class SessionLog:
     def __init__(self, stored: Iterable[Entry] = ()) -> None:
         self._entries = {entry.stats.id: entry for entry in stored}
         self._reported: dict[str, SessionStats] = {}
+        self._alive = Counter(entry.stats.account for entry in self._entries.values() if not entry.stats.ended)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -50,6 +52,10 @@ class SessionLog:
     def find(self, session_id: str) -> SessionStats | None:
         entry = self._entries.get(session_id)
         return entry.stats if entry is not None else None
+
+    def count(self, account: int) -> int:
+        """How many sessions of the account live, over all protocols."""
+        return self._alive[account]
 
     def live(self, protocol: Protocol | None = None) -> list[SessionStats]:
         return [
@@ -120,6 +126,10 @@ class SessionLog:
     def _put(self, entry: Entry, before: Entry | None, taken: Taken, *, counted: bool = True) -> None:
         stats = entry.stats
         self._entries[stats.id] = entry
+        if before is not None:
+            self._alive[before.stats.account] -= 1  # one that has ended does not change any more
+        if not stats.ended:
+            self._alive[stats.account] += 1
         taken.entries.append(entry)
         taken.turned = taken.turned or before is None or bool(stats.ended)
         rx = stats.rx - (before.stats.rx if before is not None else 0)

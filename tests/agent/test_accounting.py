@@ -181,6 +181,7 @@ async def _scenario(directory: Path, steps: list[tuple[str, int, int]]) -> None:
             case "counters":
                 await agent.look(world)
                 world.restart_counters()
+                await agent.look(world)  # only a look before it has passed where it was can tell
             case "readded":  # a peer goes with a last look at it, and another with the same key comes
                 await agent.look(world)
                 key = list(PEERS)[number % len(PEERS)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.drivers.base import DriverError, Unsupported
+from agent.drivers.base import Admit, DriverError, Notify, Unsupported
 from shared.access import Lease, SessionEnd
 from shared.desired import Kind, digest
 from shared.protocol import Applied, Drift, Refused, Resync
@@ -27,7 +27,7 @@ from tests.agent.fleet import (
     until,
     welcome,
 )
-from tests.agent.model_service import ModelHosts
+from tests.agent.model_service import ModelHosts, ModelService
 
 ACCOUNTS = "protocol:ssh"
 PEERS = [peer(number) for number in range(20)]
@@ -223,6 +223,24 @@ async def test_protocol_that_the_operator_did_not_choose_is_a_failure_and_starts
         assert "agent.yaml" in failure.message
         assert node.hosts.drivers == {}
         assert node.reconciler.hello().protocols == ["wireguard"]
+
+
+async def test_driver_that_cannot_even_be_made_is_a_failure_of_its_own_server(tmp_path: Path) -> None:
+    class Hosts(ModelHosts):
+        def open(self, protocol: Protocol, admit: Admit, notify: Notify) -> ModelService:
+            if protocol == Protocol.L2TP:
+                raise ImportError("No module named 'vici'")
+            return super().open(protocol, admit, notify)
+
+    async with Node(tmp_path, hosts=Hosts()) as node:
+        await node.send(welcome(), snapshot([INTERFACE, SSH, L2TP, login(1), *PEERS]))
+        await until(lambda: applied(node).failures)
+        (failure,) = applied(node).failures
+        assert (failure.kind, failure.message) == (
+            Kind.L2TP_SERVER,
+            "l2tp cannot be served: ImportError: No module named 'vici'",
+        )
+        assert node.logins() == {"user1"}
 
 
 async def test_state_that_cannot_be_stored_still_takes_a_revoked_login_off_the_host(
