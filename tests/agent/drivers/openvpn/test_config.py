@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from agent.drivers.openvpn import config
@@ -17,6 +18,7 @@ from agent.drivers.openvpn.config import Settings, UnsafeSettings
 from shared.resource import InvalidResource
 from shared.services import OpenVpnServer
 
+unhurried = hypothesis_settings(deadline=None)
 LABEL = "OpenVPN tls-crypt-v2 server key"
 KEY = encodebytes(bytes(128)).decode().strip()
 CERTIFICATE = "server.0123456789abcdef.pem"
@@ -85,6 +87,7 @@ NETWORKS4 = st.tuples(st.ip_addresses(v=4), st.integers(8, 28)).map(lambda x: st
 NETWORKS6 = st.tuples(st.ip_addresses(v=6), st.integers(32, 123)).map(lambda x: str(IPv6Network(x, strict=False)))
 
 
+@unhurried
 @given(
     port=st.integers(1, 65535),
     ipv4_pool=NETWORKS4,
@@ -103,6 +106,7 @@ def test_the_file_is_parsed_back_to_the_settings(transport: str, dual_stack: boo
     assert config.parse(config.render(wanted)) == wanted
 
 
+@unhurried
 @given(
     field=st.sampled_from(["ipv4_pool", "ipv6_pool", "dns", "ca", "tls_crypt", "transports"]),
     text=HOSTILE,
@@ -128,12 +132,14 @@ def test_no_text_of_the_controller_adds_an_option(field: str, text: str, place: 
     assert blocks["ca"].startswith("-----BEGIN CERTIFICATE-----\n")
 
 
+@unhurried
 @given(name=HOSTILE)
 def test_a_certificate_file_has_our_kind_of_name_only(name: str) -> None:
     with pytest.raises(UnsafeSettings):
         config.render(settings().with_certificate(name))
 
 
+@unhurried
 @given(words=st.lists(HOSTILE, min_size=1, max_size=5))
 def test_what_was_quoted_is_read_back_and_nothing_with_a_line_break_is_quoted(words: list[str]) -> None:
     try:

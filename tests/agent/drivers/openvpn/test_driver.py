@@ -117,6 +117,24 @@ async def test_both_transports_serve_both_ip_versions_and_both_ways_to_log_in(dr
     assert "TLSv1.3" in pushed
 
 
+@pytest.mark.parametrize(
+    ("ipv4_pool", "ipv6_pool", "addresses"),
+    [
+        ("10.70.0.0/28", "fd70::/123", {("10.70.0.2", "fd70::2"), ("10.70.0.10", "fd70::12")}),
+        ("10.70.0.0/16", "fd70::/112", {("10.70.0.2", "fd70::2"), ("10.70.128.2", "fd70::8002")}),
+        ("10.64.0.0/10", None, {("10.64.0.2", ""), ("10.96.0.2", "")}),
+    ],
+)
+async def test_pools_of_any_size_are_served(
+    driver: OpenVpn, rig: OpenVpnRig, ipv4_pool: str, ipv6_pool: str | None, addresses: set[tuple[str, str]]
+) -> None:
+    await driver.ensure(rig.spec(ipv4_pool=ipv4_pool, ipv6_pool=ipv6_pool))
+    await driver.put([rig.credential("alice")])
+    for transport in ("udp", "tcp"):
+        await connected(rig.client("alice", transport=transport))
+    assert {(each.address, each.address6) for each in await live(driver)} == addresses
+
+
 async def test_bytes_are_those_that_passed(driver: OpenVpn, rig: OpenVpnRig) -> None:
     await driver.ensure(rig.spec())
     await driver.put([rig.credential("alice")])

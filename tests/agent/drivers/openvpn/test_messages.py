@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.drivers.openvpn.messages import (
@@ -50,12 +50,14 @@ def messages(parts: Iterable[bytes]) -> list[Message]:
     return [message for part in parts for message in reader.feed(part)]
 
 
+@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, len(STREAM)), max_size=20))
 def test_the_split_into_packets_means_nothing(cuts: list[int]) -> None:
     places = [0, *sorted(cuts), len(STREAM)]
     assert messages(STREAM[a:b] for a, b in itertools.pairwise(places)) == MESSAGES
 
 
+@settings(deadline=None)
 @given(data=st.lists(st.binary(max_size=200) | st.sampled_from([STREAM, b">CLIENT:ENV,", b">CLIENT:CONNECT,1", b"\n"])))
 def test_anything_else_is_read_or_refused(data: list[bytes]) -> None:
     try:
@@ -140,6 +142,7 @@ def test_a_broken_table_is_refused(lines: list[str]) -> None:
         table(lines)
 
 
+@settings(deadline=None)
 @given(lines=st.lists(st.text(max_size=80) | st.sampled_from([HEADER, ALICE, "HEADER", "CLIENT_LIST"]), max_size=8))
 def test_any_table_is_read_or_refused(lines: list[str]) -> None:
     try:
