@@ -86,8 +86,11 @@ class OpenVpn:
         await asyncio.to_thread(self._tidy, None)
 
     async def credentials(self) -> Mapping[str, Credential]:
-        """OpenVPN holds none: it asks here for each client."""
-        return dict(self._logins.credentials)
+        """OpenVPN holds none, it asks here for each client. But whom an agent before this one let in is in: a session
+        without a login shows as one that fits nobody, so that it is put again or taken away."""
+        inside = {username for server in (await self._running()).values() for username in server.usernames}
+        found = {name: Credential(protocol=self.protocol, username=name, account=0) for name in inside}
+        return {**found, **self._logins.credentials}
 
     async def put(self, credentials: Sequence[Credential]) -> dict[str, str]:
         self._logins.put(credentials)
@@ -144,7 +147,7 @@ class OpenVpn:
 
     async def _must_change(self, server: Server, wanted: Settings) -> bool:
         """A new certificate alone is no reason to end sessions, until the old one comes to its end."""
-        if server.settings.with_certificate(wanted.certificate) != wanted or not server.has_clients:
+        if server.settings.with_certificate(wanted.certificate) != wanted or not server.usernames:
             return True
         validity = await asyncio.to_thread(self._keys.validity, server.settings.certificate)
         if validity is None:

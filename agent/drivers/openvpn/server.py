@@ -80,8 +80,9 @@ class Server:
         return self._management.open
 
     @property
-    def has_clients(self) -> bool:
-        return bool(self._clients)
+    def usernames(self) -> set[str]:
+        """Whose clients are in."""
+        return {client.username for client in self._clients.values()}
 
     async def go(self) -> None:
         """Open the port; raise DriverError with OpenVPN's own words where it cannot."""

@@ -208,6 +208,28 @@ async def test_a_lost_connection_is_made_anew_and_no_session_suffers(
     assert not await passes(bob)
 
 
+async def test_a_session_whose_login_went_while_no_agent_ran_is_found(
+    driver: OpenVpn, rig: OpenVpnRig, told: asyncio.Event
+) -> None:
+    await driver.ensure(rig.spec())
+    await driver.put([rig.credential("alice"), rig.credential("bob")])
+    alice, bob = await connected(rig.client("alice")), await connected(rig.client("bob"))
+    await driver.close()
+
+    again = new_driver(rig, told)
+    found = await again.credentials()
+    assert set(found) == {"alice", "bob"}
+    assert found["alice"].digest() != rig.credential("alice").digest()
+    await again.put([rig.credential("alice")])
+    await again.remove([username for username in found if username != "alice"])
+    assert await passes(alice)
+    assert not await passes(bob)
+    assert {name: each.digest() for name, each in (await again.credentials()).items()} == {
+        "alice": rig.credential("alice").digest()
+    }
+    await again.close()
+
+
 async def test_one_login_may_have_several_sessions_and_a_kick_takes_one(driver: OpenVpn, rig: OpenVpnRig) -> None:
     await driver.ensure(rig.spec())
     await driver.put([rig.credential("bob")])
