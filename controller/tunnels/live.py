@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import sqlalchemy as sa
 import structlog
@@ -17,16 +17,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from controller.access.owners import owners
 from controller.accounts import rows as accounts
-from controller.store.bulk import Bulk, batched
 from controller.store.database import Committed, Database, StoreUnavailable, Topic
 from controller.store.types import new_id
 from controller.store.types import now as utc_now
 from controller.tunnels.counters import Counters
 from controller.tunnels.ledger import Entry, Ledger, Mark, Recorded
 from controller.tunnels.metrics import Metrics
+from controller.tunnels.reported import LIVE, NOTE_MARK, UPDATE, entry_from_row, mark_of, row_of, users_of
 from controller.tunnels.status import Status, status
 from controller.tunnels.tables import ConnectionRow, ReportMarkRow
-from controller.usage.book import Book, Counted
+from controller.usage.book import Book
+from controller.usage.entries import Counted
 from controller.usage.records import Changes, Records, Written
 from shared.protocol import Report
 from shared.resource import Protocol
@@ -116,8 +117,8 @@ class LiveStates:
         """Read where the last process stopped."""
         async with self._database.connect() as connection:
             await self._records.load(connection, self.book, self._clock().timestamp())
-            for row in await connection.execute(_LIVE):
-                self._ledger.add(_entry(row))
+            for row in await connection.execute(LIVE):
+                self._ledger.add(entry_from_row(row))
             for row in await connection.execute(sa.select(ReportMarkRow.__table__)):
                 self._ledger.marks[row.node_id] = Mark(row.boot_id, row.sequence, row.former_boot_ids.split())
 
@@ -145,7 +146,7 @@ class LiveStates:
 
     def begin(self, row: ConnectionRow) -> None:
         """A new connection is committed. What its peer counted before, for an earlier connection, is not its own."""
-        entry = _entry(row)
+        entry = entry_from_row(row)
         former = self._ledger.of_peer(entry.peer)
         if former is not None:
             entry.counters = former.counters.baseline()
@@ -269,10 +270,10 @@ class LiveStates:
         async with self._database.connect() as connection:
             for node_id, keys in nodes.items():
                 rows = await connection.execute(
-                    _LIVE.where(ConnectionRow.node_id == node_id, ConnectionRow.public_key.in_(keys))
+                    LIVE.where(ConnectionRow.node_id == node_id, ConnectionRow.public_key.in_(keys))
                 )
                 moment = self._clock()
-                self._account(node_id, self._ledger.adopt(node_id, keys, map(_entry, rows), moment), moment)
+                self._account(node_id, self._ledger.adopt(node_id, keys, map(entry_from_row, rows), moment), moment)
 
     async def _look_up_sessions(self) -> None:
         """Sessions that are not in memory: new ones, ended ones, and all of a node whose link begins."""
@@ -300,7 +301,7 @@ class LiveStates:
             for sample in samples
             if sample.connection and (sample.protocol, sample.username) not in logins
         }
-        connections = await _connections(connection, node_id, ended)
+        connections = await users_of(connection, node_id, ended)
         owned: dict[str, str] = {}
         for sample in samples:
             user_id = users.get(sample.account)
@@ -328,14 +329,14 @@ class LiveStates:
         if not changed and not reporting and not batch:
             return
         changes = Changes(batch)
-        rows = [_row(entry) for _, entry in sorted(changed.items())]
-        marks = [_mark(node_id, self._ledger.marks[node_id]) for node_id in sorted(reporting)]
+        rows = [row_of(entry) for _, entry in sorted(changed.items())]
+        marks = [mark_of(node_id, self._ledger.marks[node_id]) for node_id in sorted(reporting)]
         try:
             async with self._database.transaction() as tx:
                 connection = await tx.session.connection()
                 if rows:
-                    await connection.execute(_UPDATE, rows)
-                await _NOTE_MARK.run(connection, marks)
+                    await connection.execute(UPDATE, rows)
+                await NOTE_MARK.run(connection, marks)
                 written = await self._records.write(connection, changes)
         except BaseException:
             self.book.put_back(batch)
@@ -374,76 +375,4 @@ class LiveStates:
                     self._hurry.set()
             else:
                 self._ends_moved = True
-
-
-_COUNTS = ("generation", "last_rx", "last_tx", "last_handshake", "rx", "tx", "handshake_at")
-_LIVE = sa.select(
-    ConnectionRow.id,
-    ConnectionRow.user_id,
-    ConnectionRow.node_id,
-    ConnectionRow.protocol,
-    ConnectionRow.public_key,
-    ConnectionRow.created_at,
-    *(getattr(ConnectionRow, name) for name in _COUNTS),
-).where(ConnectionRow.ended_at.is_(None))
-_UPDATE = (
-    sa.update(ConnectionRow.__table__)  # type: ignore[arg-type]
-    .where(ConnectionRow.id == sa.bindparam("connection_id"))
-    .values({name: sa.bindparam(f"new_{name}") for name in _COUNTS})
-)
-
-
-def _note_mark(insert: Any) -> Any:
-    statement = insert(ReportMarkRow.__table__).values({name: sa.bindparam(name) for name in _MARK})
-    return statement.on_conflict_do_update(
-        index_elements=["node_id"], set_={name: statement.excluded[name] for name in _MARK[1:]}
-    )
-
-
-_MARK = ("node_id", "boot_id", "sequence", "former_boot_ids")
-_NOTE_MARK = Bulk(_note_mark, _MARK)
-
-
-async def _connections(connection: AsyncConnection, node_id: str, ids: Collection[str]) -> dict[str, str]:
-    """The user of each of the node's connections, also of ended ones."""
-    found: dict[str, str] = {}
-    for chunk in batched(sorted(ids)):
-        rows = await connection.execute(
-            sa.select(ConnectionRow.id, ConnectionRow.user_id).where(
-                ConnectionRow.node_id == node_id, ConnectionRow.id.in_(chunk)
-            )
-        )
-        found |= {row.id: row.user_id for row in rows}
-    return found
-
-
-def _entry(row: Any) -> Entry:
-    """From a row of `_LIVE` or a whole ConnectionRow."""
-    return Entry(
-        id=row.id,
-        user_id=row.user_id,
-        protocol=row.protocol,
-        peer=(row.node_id, row.public_key),
-        counters=Counters(row.generation, row.last_rx, row.last_tx, row.rx, row.tx),
-        last_handshake=row.last_handshake,
-        handshake_at=row.handshake_at,
-        counted_at=row.created_at,
-    )
-
-
-def _row(entry: Entry) -> dict[str, object]:
-    counters = entry.counters
-    return {
-        "connection_id": entry.id,
-        "new_generation": counters.generation,
-        "new_last_rx": counters.last_rx,
-        "new_last_tx": counters.last_tx,
-        "new_last_handshake": entry.last_handshake,
-        "new_rx": counters.rx,
-        "new_tx": counters.tx,
-        "new_handshake_at": entry.handshake_at,
-    }
-
-
-def _mark(node_id: str, mark: Mark) -> tuple[str, str, int, str]:
-    return node_id, mark.boot_id, mark.sequence, " ".join(mark.former_boot_ids)
+                self._hurry.set()

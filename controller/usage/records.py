@@ -14,7 +14,8 @@ from controller.accounts import rows as accounts
 from controller.fleet import census
 from controller.store.bulk import MICROSECONDS, Bulk, batched
 from controller.store.database import Committed, Database, Topic
-from controller.usage.book import LONGEST, Batch, Book, Entry, Session
+from controller.usage.book import LONGEST, Book
+from controller.usage.entries import Batch, Entry, Session
 from controller.usage.tables import LeaseRow, LimitsRow, SessionRow, UsageRow
 
 

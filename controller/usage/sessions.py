@@ -15,8 +15,9 @@ from controller.desired.tables import DesiredRow
 from controller.events.service import EventKind, emit
 from controller.store.bulk import batched
 from controller.store.database import Database, Transaction
-from controller.usage.book import Book, Entry
-from controller.usage.book import Session as Session
+from controller.usage.book import Book
+from controller.usage.entries import Entry
+from controller.usage.entries import Session as Session
 from controller.usage.records import Written, session_from_row
 from controller.usage.tables import SessionRow, UsageRow
 from shared.access import SessionEnd
