@@ -107,8 +107,9 @@ class Book:
         else:
             call = None
         ended: dict[str, Entry] = {}
+        unwritten = self._batch.sessions.get(node_id, {})  # among them some that have ended, which the database lacks
         for stored in found:
-            entry = self.get(node_id, stored.id)
+            entry = self.get(node_id, stored.id) or unwritten.get(stored.id)
             if entry is not None:
                 entry.rx, entry.tx = max(entry.rx, stored.rx), max(entry.tx, stored.tx)
             elif stored.ended:
@@ -120,7 +121,9 @@ class Book:
             sample = strange.pop(session_id, None)
             if sample is None:
                 continue
-            entry = self.get(node_id, session_id) or self._reopened(ended.get(session_id))
+            entry = self.get(node_id, session_id)
+            if entry is None:
+                entry = self._reopened(unwritten.get(session_id) or ended.get(session_id))
             if entry is None and session_id in owners:
                 entry = _entry(node_id, owners[session_id], sample, now)
                 self.add(entry)

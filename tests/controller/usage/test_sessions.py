@@ -193,6 +193,25 @@ async def test_nothing_is_acknowledged_or_lost_while_the_database_is_away(world:
     assert (await world.session("s1")).ended_at is not None
 
 
+async def test_what_ended_before_it_was_stored_is_known_when_the_next_link_begins(world: Any) -> None:
+    def broken(*_: object) -> None:
+        raise StoreUnavailable
+
+    await world.store(world.stats("s1", rx=1))
+    world.report(world.stats("s1", rx=5, ended=world.seconds, reason="client left"))
+    world.report(world.stats("s2", rx=7))
+    sa.event.listen(world.database.engine.sync_engine, "commit", broken)
+    await world.live.flush()
+    sa.event.remove(world.database.engine.sync_engine, "commit", broken)
+    world.report(world.stats("s2", rx=9, ended=world.seconds))
+    world.report(world.stats("s2", rx=9, ended=world.seconds), complete=True)
+    await world.live.flush()
+    assert world.sessions.live() == []
+    first, second = await world.session("s1"), await world.session("s2")
+    assert (first.rx, first.end_reason, second.rx, second.ended_at) == (5, "client left", 9, world.now)
+    assert await world.usage("alice") == {(NODES[0], "openvpn"): (14, 0)}
+
+
 async def test_usage_is_by_the_hour(world: Any) -> None:
     await world.store(world.stats("s1", rx=5))
     world.pass_(hours=1)
