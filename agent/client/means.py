@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol as Port
 
-from agent.client import openvpn, ssh, tunnel
+from agent.client import l2tp, openvpn, ssh, tunnel
 from agent.client.api import Api
 from agent.client.profile import LocalTunnel
 from agent.client.tunnel import Counters
@@ -34,7 +34,12 @@ class Means(Port):
         ...
 
 
-_MEANS: dict[str, Means] = {Protocol.WIREGUARD: tunnel, Protocol.OPENVPN: openvpn, Protocol.SSH: ssh}
+_MEANS: dict[str, Means] = {
+    Protocol.WIREGUARD: tunnel,
+    Protocol.OPENVPN: openvpn,
+    Protocol.SSH: ssh,
+    Protocol.L2TP: l2tp,
+}
 
 
 def of(local: LocalTunnel) -> Means:

@@ -32,7 +32,7 @@ async def within(netns: str | None, function: Callable[[], Awaitable[T]]) -> T:
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
-            await asyncio.wait([work])
+            await asyncio.gather(work, return_exceptions=True)
             raise
 
 

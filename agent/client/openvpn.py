@@ -19,14 +19,23 @@ from agent.drivers import commands
 _READY = "Initialization Sequence Completed"
 _SECONDS, _POLL_SECONDS = 25.0, 0.1
 _PEER = re.compile(r"Peer Connection Initiated with \[AF_INET6?\](\S+)")
+_REFUSED = re.compile(r"AUTH_FAILED(?:,(.+))?")
 _ADDRESS = re.compile(r"net_addr_v([46])_add: (\S+?)/(\d+)")
 _NAME_SERVER = re.compile(r"dhcp-option DNS6? ([0-9a-fA-F.:]+)")
+_LONGEST_LINE = 200
+_BLOCKS = ("<ca>", "<cert>", "<key>", "<tls-crypt-v2>")
+_OPTIONS = frozenset(
+    ("client", "dev", "nobind", "persist-tun", "remote", "server-poll-timeout", "explicit-exit-notify")
+) | {"remote-cert-tls", "verify-x509-name", "tls-version-min", "data-ciphers", "auth-nocache"}
 
 
 async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[LocalTunnel], None]) -> LocalTunnel:
-    path = programs.write(local, await api.config(local.connection_id, "conf"))
+    profile = await api.config(local.connection_id, "conf")
+    _check(profile)
+    path = programs.write(local, profile)
     argv = ["openvpn", "--config", str(path), "--dev", local.interface, "--dev-type", "tun", "--verb", "3"]
-    argv += ["--writepid", f"{path}.pid", "--log", f"{path}.log", "--auth-retry", "none", "--daemon", "skynetvpn"]
+    argv += ["--writepid", f"{path}.pid", "--log", f"{path}.log", "--auth-retry", "none", "--suppress-timestamps"]
+    argv += ["--daemon", "skynetvpn"]
     save(local)
     await namespace.within(
         local.netns, lambda: commands.run([*argv, *([] if routes else ["--route-nopull"])], timeout=10)
@@ -60,10 +69,30 @@ async def latency(local: LocalTunnel) -> float | None:
     return await ping(local.endpoint.rpartition(":")[0].strip("[]"), local.netns) if local.endpoint else None
 
 
+def _check(profile: bytes) -> None:
+    """Raise Failure for what no controller should send: openvpn runs as root, and some options start programs.
+
+    It reads lines as openvpn does: a block ends at its tag whatever precedes or follows it, and a line too long is two.
+    """
+    inside = ""
+    for line in profile.decode(errors="replace").split("\n"):
+        first = line.split(maxsplit=1)[0] if line.strip() else "#"
+        if len(line) > _LONGEST_LINE or "\0" in line:
+            raise Failure("the controller sent a configuration that cannot be used: it has too long lines, or NUL")
+        if inside:
+            inside = "" if line.strip().startswith(f"</{inside}>") else inside
+        elif line in _BLOCKS:
+            inside = line[1:-1]
+        elif not first.startswith("#") and first not in _OPTIONS:
+            raise Failure(f"the controller sent a configuration that cannot be used: option {first[:40]!r}")
+
+
 async def _wait(local: LocalTunnel) -> str:
     """The log of a program that is connected; raise Failure with its words where it has given up or takes too long."""
     deadline = time.monotonic() + _SECONDS
     while _READY not in (text := _log(local)):
+        if refused := _REFUSED.search(text):
+            raise Failure(f"{local.server} refuses the login: {refused[1] or 'it gives no reason'}")
         # The pid file is written by the program that has gone to the background, a moment after its parent has ended.
         if programs.running(local) is None and (programs.noted(local) or time.monotonic() > deadline - _SECONDS + 5):
             raise Failure(f"openvpn ended: {programs.last_words(local)}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,8 +32,8 @@ def write(local: LocalTunnel, data: bytes, suffix: str = "", mode: int = 0o600) 
 def forget(local: LocalTunnel) -> None:
     """Take away all files of the connection's program, its secrets among them."""
     path = file_of(local)
-    for found in path.parent.glob(f"{path.name}*"):
-        found.unlink(missing_ok=True)
+    for each in path.parent.glob(f"{path.name}*"):
+        each.unlink(missing_ok=True)
 
 
 def running(local: LocalTunnel) -> int | None:
@@ -50,20 +52,31 @@ def noted(local: LocalTunnel) -> bool:
 
 
 def note(local: LocalTunnel) -> None:
-    """Write the pid file of a program that does not do it: the one that was started with this connection's files."""
-    mark = os.fsencode(local.key_file)
+    """Write the pid file of a program that does not do it."""
+    for pid in found(local):
+        write(local, str(pid).encode(), ".pid")
+
+
+def found(local: LocalTunnel) -> list[int]:
+    """All processes of the program that were started with this connection's files, noted or not."""
+    mark, pids = os.fsencode(local.key_file), []
     for directory in Path("/proc").glob("[0-9]*"):
         try:
-            found = mark in (directory / "cmdline").read_bytes()
+            program, *arguments = (directory / "cmdline").read_bytes().split(b"\0")
         except OSError:  # it has just ended
             continue
-        if found and int(directory.name) != os.getpid():
-            write(local, directory.name.encode(), ".pid")
+        if Path(os.fsdecode(program)).name == local.protocol and any(mark in argument for argument in arguments):
+            pids.append(int(directory.name))
+    return pids
 
 
 def traffic(pid: int, interface: str) -> tuple[int, int] | None:
     """Bytes in and out of an interface in the network namespace of the process; None where it is not there."""
-    for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
+    try:
+        lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()
+    except OSError:  # the process has just ended
+        return None
+    for line in lines:
         name, _, numbers = line.partition(":")
         if name.strip() == interface:
             columns = numbers.split()
@@ -79,14 +92,16 @@ def since(pid: int) -> int:
 async def end(local: LocalTunnel) -> None:
     """SIGTERM, so that it takes its interface and routes away; SIGKILL where it does not end."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        pid = running(local)
-        if pid is None:
-            return
-        os.kill(pid, number)
-        for _ in range(round(_TERM_SECONDS / _POLL_SECONDS)):
-            if running(local) is None:
-                return
+        for pid in found(local):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + _TERM_SECONDS
+        while found(local):
+            if time.monotonic() > deadline:
+                break
             await asyncio.sleep(_POLL_SECONDS)
+        else:
+            return
 
 
 def last_words(local: LocalTunnel) -> str:

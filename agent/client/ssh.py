@@ -70,7 +70,7 @@ async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[Loca
             local.netns, lambda: commands.run([*argv, "--", material.host], timeout=_LOGIN_SECONDS, environ=asking)
         )
     except DriverError as error:
-        raise Failure(f"{local.server} did not let us in: {error}") from error
+        raise Failure(f"{local.server} did not let us in: {' | '.join(str(error).splitlines())}") from error
     finally:
         password.unlink()
     await asyncio.to_thread(programs.note, local)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ class FakeController:
         connection = {
             "connection_id": f"c{len(self.connections) + 1}",
             "server_id": body["server_id"],
+            "protocol": body["protocol"],
             "status": "connecting",
             "created_at": "2026-11-21T12:00:00Z",
         }
@@ -179,3 +181,32 @@ def _without_load(item: dict[str, Any]) -> dict[str, Any]:
 def _one(items: list[dict[str, Any]], key: str, request: web.Request) -> web.Response:
     found = [item for item in items if item[key] == request.match_info["id"]]
     return web.json_response(found[0]) if found else error(404, "not found")
+
+
+def report(controller: FakeController) -> None:
+    """From now on the controller says of every connection that its server has it."""
+
+    def answer() -> web.StreamResponse:
+        return web.json_response({**controller.connections[-1], "status": "connected"})
+
+    controller.answers["GET /connections/{id}"] = answer
+
+
+def in_arguments(*words: str) -> list[str]:
+    """The command lines on this machine that have one of these words in them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().decode(errors="replace").replace("\0", " ")
+            found += [line for word in words if word in line]
+    return found
+
+
+def readable_by_others(directory: Path) -> list[Path]:
+    """Files with more in them than a process's number that others than the owner may open."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".pid"]
+    return [path for path in files if path.stat().st_mode & 0o077]
+
+
+def left_by_programs(home: Path) -> list[Path]:
+    return [path for path in (home / "state").rglob("*") if path.is_file()]
