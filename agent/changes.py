@@ -84,7 +84,9 @@ class Changes:
 
     def settled(self, serving: Serving, outcome: Outcome) -> None:
         """A server is through with a round of work."""
-        if serving.served:
+        if serving.server is None:
+            self._counters.server_up.pop(serving.protocol, None)
+        elif serving.served:
             self._counters.server_up[serving.protocol] = serving.running is not None and serving.fault is None
         healed = outcome.missing + outcome.unexpected + outcome.altered
         owner = self.desired.logins.owner(serving.name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from agent.allowances import Allowances
 from agent.drivers.base import Allowed
+from agent.grants import Grants
 from agent.reconciler import Reconciler
 from agent.reporter import Reporter
 from agent.sessionlog import SessionLog
@@ -32,6 +33,7 @@ class Rights:
     ) -> None:
         self._reconciler, self._reporter = reconciler, reporter
         self._sessions, self._allowances = sessions, allowances
+        self._grants = Grants(allowances)
 
     def credential(self, protocol: Protocol, username: str) -> Credential | None:
         return self._reconciler.logins.find(protocol, username)
@@ -87,7 +89,7 @@ class Rights:
                 rate_up=use.limits.rate_up,
                 rate_down=use.limits.rate_down,
                 remaining=self._allowances.remaining(account),
-                grant=self._allowances.granted.get(account, 0),
+                grant=self._grants.number(account),
             )
             for account, use in sorted(uses.items())
         ]

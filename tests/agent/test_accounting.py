@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from agent.allowances import Allowances
 from agent.drivers.base import LiveSession
+from agent.grants import Grants
 from agent.ledger import Ledger
 from agent.sessionlog import Entry, SessionLog
 from shared.access import Lease, Limits
@@ -355,3 +356,29 @@ def test_looks_come_sooner_the_faster_an_allowance_shrinks() -> None:
     now = 2.0
     assert allowances.horizon() == 0.2
     assert allowances.news() == [AccountUsage(1, 999)]
+
+
+def test_kernel_begins_anew_with_a_new_allowance_and_for_who_stands_still_with_a_rest() -> None:
+    now = 0.0
+    allowances = Allowances("l", clock=lambda: now)
+    grants = Grants(allowances, clock=lambda: now)
+    assert grants.number(1) == 0
+    allowances.judge({1: 10**6}, {})
+    first = grants.number(1)
+    now = 100.0
+    assert grants.number(1) == first  # it has used nothing, and all of it remains
+    allowances.add({1: 300_000})
+    assert grants.number(1) == first
+    now = 200.0
+    assert grants.number(1) == first  # half of it is not used yet: the kernel cannot be through
+    allowances.add({1: 600_000})
+    assert grants.number(1) == first  # it moves
+    now = 201.0
+    assert grants.number(1) == first
+    now = 203.0
+    second = grants.number(1)
+    assert second != first
+    now = 300.0
+    assert grants.number(1) == second
+    allowances.judge({1: 2 * 10**6}, {})
+    assert grants.number(1) not in (first, second)
