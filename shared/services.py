@@ -69,8 +69,10 @@ class SshServer(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         check_port(self.port)
-        if not self.tcp_forwarding and not self.tun:
-            raise InvalidResource("an SSH server for tunnels forwards TCP, or tun devices, or both")
+        if self.tun:
+            raise InvalidResource("tun devices by SSH are not served: clients connect by TCP forwarding")
+        if not self.tcp_forwarding:
+            raise InvalidResource("an SSH server for tunnels forwards TCP: without tcp_forwarding it would do nothing")
         _check_pool(self.ipv4_pool, 4, 28)
         _check_dns(self.dns)
         _check_range("keepalive", self.keepalive, 1, 3600)

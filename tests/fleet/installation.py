@@ -142,6 +142,12 @@ class Installation:
     def plug_in_node(self) -> None:
         """A freshly booted host: no interface, no rule, no process; the cables of the one before are gone with it."""
         self.node = self.stack.enter_context(Host("node"))
+        # An /etc of its own, because SSH makes system accounts there. It is on the host's disk: a reboot keeps it.
+        etc = self.directory / "etc"
+        if not etc.exists():
+            shutil.copytree("/etc", etc, symlinks=True)
+            etc.chmod(0o755)
+        self.node.run("mount", "--bind", str(etc), "/etc")
         self.client.namespace.connect(self.node.namespace, f"{CLIENT}/24", f"{NODE}/24")
         self.node.namespace.connect(self.internet, f"{NODE_OUTSIDE}/24", f"{INTERNET}/24")
         self.controller.namespace.connect(self.node.namespace, f"{CONTROLLER}/24", f"{NODE_INSIDE}/24")

@@ -167,11 +167,11 @@ async def test_a_change_reaches_every_node_that_offers_the_protocol(world: World
         await world.node("two", *ALL),
         await world.node("other", Protocol.OPENVPN),
     ]
-    state = await world.protocols.configure("ssh", port=2022, settings={"tun": True, "keepalive": 30})
-    assert (state.port, state.settings) == (2022, {"tcp_forwarding": True, "tun": True, "keepalive": 30})
+    state = await world.protocols.configure("ssh", port=2022, settings={"tcp_forwarding": True, "keepalive": 30})
+    assert (state.port, state.settings) == (2022, {"tcp_forwarding": True, "tun": False, "keepalive": 30})
     for node in (one, two):
         server = (await world.runs(node))["ssh.server"]
-        assert server == SshServer(port=2022, tun=True, keepalive=30, ipv4_pool="10.68.0.0/16", dns=SETTINGS.dns)
+        assert server == SshServer(port=2022, keepalive=30, ipv4_pool="10.68.0.0/16", dns=SETTINGS.dns)
     assert set(await world.runs(other)) == {"openvpn.server"}
     late = await world.node("late", Protocol.SSH)
     assert (await world.runs(late))["ssh.server"] == (await world.runs(one))["ssh.server"]
@@ -267,14 +267,10 @@ async def test_a_bad_change_changes_nothing_and_names_each_field(
     assert set(await world.problems(name, node, **changes)) == fields
 
 
-async def test_what_is_wrong_alone_may_be_right_together(world: World) -> None:
-    node = await world.node("fra1", Protocol.SSH)
-    await world.protocols.configure("ssh", settings={"tcp_forwarding": False, "tun": True}, server_id=node.node_id)
-    await world.protocols.configure("ssh", settings={"tun": True})
-    await world.protocols.configure("ssh", settings={"tun": None}, server_id=node.node_id)  # the fleet's
-    assert await world.problems("ssh", settings={"tun": False}) == {
-        "settings": "fra1: an SSH server for tunnels forwards TCP, or tun devices, or both"
-    }
+async def test_what_no_node_can_serve_is_refused_in_words(world: World) -> None:
+    await world.node("fra1", Protocol.SSH)
+    problems = await world.problems("ssh", settings={"tun": True})
+    assert "tun devices by SSH are not served" in problems["settings.tun"]
 
 
 async def test_a_port_in_use_is_refused(world: World) -> None:
