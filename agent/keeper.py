@@ -24,9 +24,9 @@ from shared.resource import Protocol
 
 _LIVE_SECONDS = 1.0  # between two looks at a server with sessions
 _LIMIT_PAUSE = 0.05  # seconds between two changes of what the kernel enforces
-_PATIENCE = 5.0  # seconds that an account may wait for a larger lease before its sessions end
+_PATIENCE = 15.0  # seconds that an account may wait for a larger lease before its sessions end
 _MOST_SECONDS = 10.0  # between two looks that cost much
-_DUTY = 20  # looking takes at most one part in so many of the time, however many sessions there are
+_DUTY = 20  # looking takes at most one part in so many of the time, unless that took longer than `poll_seconds`
 
 log = structlog.get_logger()
 
