@@ -5,6 +5,7 @@ What is mounted inside is seen inside only, and is gone with the host.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.support.netns import Namespace, wait_until
+
+_SECONDS = 60.0 * int(os.environ.get("SKYNETVPN_TEST_SLOWDOWN", "1"))
 
 
 class Host:
@@ -41,7 +44,7 @@ class Host:
         """The host's files as this process sees them."""
         return Path(f"/proc/{self._holder.pid}/root")
 
-    def run(self, *argv: str, stdin: str | None = None, timeout: float = 60, check: bool = True) -> str:
+    def run(self, *argv: str, stdin: str | None = None, timeout: float = _SECONDS, check: bool = True) -> str:
         return self.namespace.run(*self._inside(argv), stdin=stdin, timeout=timeout, check=check)
 
     def start(self, log: Path, *argv: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[Any]:
