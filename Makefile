@@ -43,12 +43,12 @@ pytest: install
 	@$(SYSTEM) $(TEST_PACKAGES)
 	@$(PYTHON) -m pytest -q -m "not kernel"
 
-test-kernel: install ## the tests that need WireGuard in the kernel, in a virtual machine
+test-kernel: install ## the tests that need WireGuard and L2TP in the kernel, in a virtual machine
 	@$(SYSTEM) $(TEST_PACKAGES)
 	@tests/vm/setup
 	@# Collected outside first: this writes the byte code that the slow guest would compile anew each time.
 	@env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -m pytest --collect-only -q -m kernel >/dev/null
-	@tests/vm/run -t 1200 -- $(PYTHON) -m pytest -q -m kernel -o timeout=600
+	@tests/vm/run -t 1800 -- $(PYTHON) -m pytest -q -m kernel -o timeout=600
 
 bench: install ## measures against the named peers; JSON in bench/results
 	@$(SYSTEM) $(BENCH_PACKAGES)
