@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from shared.resource import Protocol
+
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "systemd"
 INSTALLED = "/opt/skynetvpn/.venv/bin/"
@@ -18,6 +20,9 @@ COMMANDS = {
 }
 EXPOSURE = {"skynetvpn-controller": 1.5, "skynetvpn-agent": 3.0}
 SERVICES = sorted(COMMANDS)
+
+
+DROP_INS = sorted(path.stem for path in (UNITS / "protocols.d").glob("*.conf"))
 
 
 def run(argv: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
@@ -116,3 +121,22 @@ def test_the_host_is_told_to_route() -> None:
         "net.ipv6.conf.all.forwarding": "1",
         "net.ipv6.conf.*.accept_ra": "2",
     }
+
+
+@pytest.mark.parametrize("chosen", [[name] for name in DROP_INS] + [DROP_INS], ids="+".join)
+def test_systemd_has_nothing_to_say_about_the_agent_with_other_protocols(chosen: list[str], tmp_path: Path) -> None:
+    program = tmp_path / "skynetvpn-agent"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    unit = tmp_path / "skynetvpn-agent.service"
+    unit.write_text((UNITS / unit.name).read_text().replace(INSTALLED + program.name, str(program)))
+    directory = tmp_path / "skynetvpn-agent.service.d"
+    directory.mkdir()
+    for name in chosen:
+        (directory / f"{name}.conf").write_text((UNITS / "protocols.d" / f"{name}.conf").read_text())
+    verified = run(["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", unit])
+    assert (verified.returncode, verified.stderr) == (0, "")
+
+
+def test_every_protocol_beside_wireguard_has_its_drop_in() -> None:
+    assert sorted(set(Protocol) - {Protocol.WIREGUARD}) == DROP_INS
