@@ -195,6 +195,8 @@ def _write(local: LocalTunnel, material: L2tpMaterial, server: IPv4Address) -> N
         ),
         f"{name}.options": "".join(f"{line}\n" for line in _options(local, material.username)),
         "chap-secrets": chap_secrets({material.username: material.password}),
+        "log": "",  # pppd writes to these two, and leaves their modes as they are
+        "resolv.conf": "",
     }
     for name, text in lines.items():
         files.write_private(directory / name, text.encode())
