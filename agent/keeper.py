@@ -59,6 +59,7 @@ class Keeper:
         self._failing: set[Protocol] = set()
         self._verdicts: dict[str, str] = {}  # session -> why this node has ended it
         self._uids: dict[str, int] = {}  # session -> the uid that carries its traffic
+        self._second: dict[str, str] = {}  # session -> its other address, of IPv6
         self._wakes = {protocol: asyncio.Event() for protocol in self._unknown}
         self._changed = asyncio.Event()  # limits may have to be set anew
         self._rights = Rights(reconciler, reporter, sessions, allowances)
@@ -141,7 +142,8 @@ class Keeper:
     def _note(self, observed: Iterable[LiveSession]) -> None:
         """Keep what the log has no place for, of sessions that live."""
         self._uids |= {session.id: session.uid for session in observed if session.uid is not None}
-        for kept in (self._uids, self._verdicts):
+        self._second |= {session.id: session.address6 for session in observed if session.address6}
+        for kept in (self._uids, self._second, self._verdicts):
             for key in [key for key in kept if (stats := self._sessions.find(key)) is None or stats.ended]:
                 del kept[key]
 
@@ -176,7 +178,7 @@ class Keeper:
         while True:
             self._changed.clear()
             try:
-                await driver.apply(self._rights.allowed(self._uids))
+                await driver.apply(self._rights.allowed(self._uids, self._second))
                 self._allowances.patience = _PATIENCE  # from now on the kernel lets nothing more pass
                 if failing:
                     log.info("limits_recovered")

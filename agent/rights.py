@@ -68,8 +68,9 @@ class Rights:
             found |= {key: too_many(most) for _, key, of in sorted(crowd)[most:] if of == protocol}
         return found
 
-    def allowed(self, uids: Mapping[str, int]) -> list[Allowed]:
-        """What the kernel has to enforce; `uids` has those of sessions whose traffic has no address of its own."""
+    def allowed(self, uids: Mapping[str, int], second: Mapping[str, str]) -> list[Allowed]:
+        """What the kernel has to enforce. `uids` has those of sessions whose traffic has no address of its own, `second`
+        the IPv6 addresses of sessions that have one, too."""
         uses: dict[int, _Use] = {}
         for peer in self._reconciler.peers.values():
             if peer.account and peer.limits is not None and _enforced(peer.limits):
@@ -79,7 +80,7 @@ class Rights:
             limits = self._limits(session)
             if session.account and _enforced(limits):
                 use = uses.setdefault(session.account, _Use(limits))
-                use.addresses += [session.address] if session.address else []
+                use.addresses += [each for each in (session.address, second.get(session.id)) if each]
                 use.uids |= {uids[session.id]} if session.id in uids else set()
         return [
             Allowed(
