@@ -69,8 +69,8 @@ class Rights:
         return found
 
     def allowed(self, uids: Mapping[str, int], second: Mapping[str, str]) -> list[Allowed]:
-        """What the kernel has to enforce. `uids` has those of sessions whose traffic has no address of its own, `second`
-        the IPv6 addresses of sessions that have one, too."""
+        """What the kernel has to enforce. `uids` has those of sessions whose traffic has no address of its own,
+        `second` the IPv6 addresses of sessions that have one, too."""
         uses: dict[int, _Use] = {}
         for peer in self._reconciler.peers.values():
             if peer.account and peer.limits is not None and _enforced(peer.limits):
