@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from agent.drivers.wireguard import Backend
-from bench import api, kernel, ledger, memory, openvpn, push, ssh, tunnel, wireguard
+from bench import api, kernel, kick, ledger, memory, openvpn, push, ssh, tunnel, wireguard
 from bench.harness import Result, machine, markdown, not_measured, published, save, table
 
 _RESULTS = Path(__file__).resolve().parent / "results"
@@ -37,6 +37,7 @@ ROWS: dict[str, Callable[..., list[Result]]] = {
     "openvpn": openvpn.measure,
     "ssh": ssh.measure,
     "ledger": ledger.measure,
+    "kick": kick.measure,
 }
 
 
