@@ -104,10 +104,6 @@ class Directory:
         self._loads[node_id] = load
         self._renew(node_id)
 
-    def load_of(self, node_id: str) -> Load | None:
-        """The node's latest; None where it is not connected here, or has not told one."""
-        return self._loads.get(node_id)
-
     def loads(self) -> Mapping[str, Load]:
         """By node id."""
         return self._loads

@@ -29,10 +29,6 @@ class Pool:
         broadcast = 1
         return min(self.ipv4.num_addresses - _FIRST - broadcast, self.ipv6.num_addresses - _FIRST)
 
-    def interface_addresses(self) -> tuple[str, str]:
-        """The node's own addresses with the prefix lengths, as its interface carries them."""
-        return f"{self.ipv4[1]}/{self.ipv4.prefixlen}", f"{self.ipv6[1]}/{self.ipv6.prefixlen}"
-
     def client_addresses(self, slot: int) -> tuple[str, str]:
         """The client's addresses as allowed IPs; raise ValueError for a slot outside the pool."""
         if not 0 <= slot < self.capacity:

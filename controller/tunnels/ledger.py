@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -34,12 +33,6 @@ class Entry:
     handshake_at: datetime | None
     counted_at: datetime
     quarantined: bool = False
-    heard: asyncio.Event | None = None  # set at the next handshake, or when the entry goes
-
-    def tell(self) -> None:
-        if self.heard is not None:
-            self.heard.set()
-            self.heard = None
 
 
 @dataclass(slots=True)
@@ -106,7 +99,6 @@ class Ledger:
             return
         if self._peers.get(entry.peer) is entry:
             del self._peers[entry.peer]
-        entry.tell()
 
     def record(self, node_id: str, report: Report, now: datetime) -> Recorded:
         self.reporting.add(node_id)
@@ -144,7 +136,6 @@ class Ledger:
         former = entry.counters
         entry.counters = replace(former, rx=min(former.rx + rx, MAX_COUNT), tx=min(former.tx + tx, MAX_COUNT))
         entry.handshake_at = now
-        entry.tell()
         self.changed[entry.id] = entry
 
     def _count(self, entry: Entry, generation: str, sample: PeerStats, now: datetime, recorded: Recorded) -> None:
@@ -160,7 +151,6 @@ class Ledger:
         if handshake > entry.last_handshake:
             entry.last_handshake = handshake
             entry.handshake_at = datetime.fromtimestamp(handshake, UTC)
-            entry.tell()
             heard = True
         recorded.moved.append(Moved(entry, after.rx - before.rx, after.tx - before.tx, heard, sample.endpoint))
         self.changed[entry.id] = entry

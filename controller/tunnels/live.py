@@ -172,20 +172,6 @@ class LiveStates:
             status(None, entry.handshake_at, now, self._is_live(entry)) for entry in self._ledger.entries.values()
         )
 
-    async def wait_connected(self, connection_id: str, timeout: float) -> bool:
-        """Wait for a live handshake; False where the time is over or the connection ends."""
-        try:
-            async with asyncio.timeout(timeout):
-                while (entry := self._ledger.entries.get(connection_id)) is not None:
-                    if status(None, entry.handshake_at, self._clock(), self._is_live(entry)) is Status.CONNECTED:
-                        return True
-                    if entry.heard is None:
-                        entry.heard = asyncio.Event()
-                    await entry.heard.wait()
-        except TimeoutError:
-            pass
-        return False
-
     async def flush(self) -> None:
         """Write what changed since the last flush. What could not be written stays for the next one."""
         async with self._flushing:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -71,17 +70,6 @@ NO_LIMITS = AccountLimits()
 async def read(session: AsyncSession, user_id: str) -> AccountLimits:
     row = await session.get(LimitsRow, user_id)
     return _limits_from_row(row) if row is not None else NO_LIMITS
-
-
-async def read_many(session: AsyncSession, user_ids: Sequence[str]) -> dict[str, AccountLimits]:
-    """Of every account that is asked for."""
-    found = dict.fromkeys(user_ids, NO_LIMITS)
-    for start in range(0, len(user_ids), _BATCH):
-        chosen = LimitsRow.user_id.in_(user_ids[start : start + _BATCH])
-        found |= {
-            row.user_id: _limits_from_row(row) for row in await session.scalars(sa.select(LimitsRow).where(chosen))
-        }
-    return found
 
 
 class Limits:

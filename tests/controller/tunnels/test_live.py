@@ -221,24 +221,6 @@ async def test_a_handshake_from_the_future_does_not_keep_a_connection_alive_for_
     assert abs(handshake_at.timestamp() - world.ago()) < 60
 
 
-async def test_waiting_for_connected_ends_with_the_handshake(world: Any, made: Connection) -> None:
-    assert not await world.live.wait_connected(made.id, 0.01)
-    waiting = asyncio.create_task(world.live.wait_connected(made.id, 30))
-    await asyncio.sleep(0)
-    world.report(made.public_key, 0, 0, world.ago(200))
-    world.report(made.public_key, 1, 1, world.ago())
-    assert await waiting
-    assert await world.live.wait_connected(made.id, 0)
-
-
-async def test_waiting_for_connected_ends_with_the_connection(world: Any, made: Connection) -> None:
-    waiting = asyncio.create_task(world.live.wait_connected(made.id, 30))
-    await asyncio.sleep(0)
-    await world.tunnels().terminate(world.alice, made.id)
-    await world.live.flush()
-    assert not await waiting
-
-
 async def test_metrics_count_states_and_bytes(world: Any, made: Connection) -> None:
     await world.tunnels().create(world.bob, "skynet", world.nodes[0], "wireguard")
     world.report(made.public_key, 10, 20, world.ago())

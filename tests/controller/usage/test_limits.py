@@ -77,13 +77,6 @@ async def test_numbers_that_no_column_holds_are_refused(world: Any) -> None:
     await world.change("alice", quota_bytes=2**63 - 1)
 
 
-async def test_many_accounts_are_read_at_once(world: Any) -> None:
-    await world.change("bob", max_sessions=3)
-    async with world.database.read() as session:
-        found = await limits.read_many(session, ["alice", "bob"])
-    assert found == {"alice": AccountLimits(), "bob": AccountLimits(max_sessions=3)}
-
-
 async def test_an_account_is_blocked_from_the_moment_of_its_expiry(world: Any) -> None:
     await world.change("alice", expires_at=world.now)
     found = await read(world)
