@@ -140,6 +140,9 @@ def _up(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--endpoint", metavar="HOST", help="address that clients dial (default: this machine's on its default route)"
     )
+    command.add_argument(
+        "--protocols", metavar="P,P", help="what the node serves, from the first start on (default: wireguard)"
+    )
     command.add_argument("--country", default="DE", metavar="CC", help="shown for the node (default: %(default)s)")
     command.add_argument("--city", default="Local", help="shown for the node (default: %(default)s)")
 

@@ -175,6 +175,7 @@ class Installation:
         options = ["--country", self._arguments.country, "--city", self._arguments.city, "--endpoint", endpoint]
         token = await self._controller("node", "token", "--name", _NODE, *options)
         argv = [_script("skynetvpn-agent"), "enroll", "--token", "-", "--dir", str(self._agent)]
+        argv += ["--protocols", self._arguments.protocols] if self._arguments.protocols else []
         await _unless_ended(commands.run(argv, stdin=token, timeout=60), controller)
 
     async def _controller(self, *argv: str, stdin: str | None = None) -> str:
