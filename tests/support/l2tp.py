@@ -99,8 +99,9 @@ class L2tpClient:
         self._control("c vpn")
 
     def hang_up(self) -> None:
+        running = self._pppds()
         self._control("d vpn")
-        wait_until(lambda: not self.ppp(), 10 * SLOWDOWN)
+        wait_until(lambda: not any(_comm(pid) == "pppd" for pid in running), 20 * SLOWDOWN)
 
     def connect(self, psk: str, username: str, password: str) -> str:
         """All of it; returns the address inside the tunnel."""
@@ -134,7 +135,10 @@ class L2tpClient:
 
     def ppp(self) -> bool:
         """Whether a pppd is there, with an address or not yet."""
-        return any(_comm(pid) == "pppd" for pid in self.namespace.pids())
+        return bool(self._pppds())
+
+    def _pppds(self) -> list[int]:
+        return [pid for pid in self.namespace.pids() if _comm(pid) == "pppd"]
 
     def ping(self, address: str, count: int = 1, size: int = 56) -> None:
         options = ("-c", str(count), "-i", "0.2", "-s", str(size), "-W", str(5 * SLOWDOWN))
