@@ -1,7 +1,8 @@
 """The numbers under which the kernel counts allowances; a new one has it begin anew with what remains: pure.
 
-The kernel also counts what is not the account's in the end (packets that are sent again, or that it drops), so its
-count may be through before the agent's. Who then stands still with a rest gets that rest again.
+The kernel also counts what is not the account's in the end (packets that are sent again, or that it drops, and what
+sshd had read for a client who then hung up), so its count may be through long before the agent's. Who then stands still
+with a rest gets that rest again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from agent.allowances import Allowances
 
 _STALLED_SECONDS = 2.0
-_REST = 131_072  # bytes: below this any count may be through
 
 
 @dataclass(slots=True)
@@ -47,6 +47,5 @@ class Grants:
         return grant.number
 
     def _stands_still(self, grant: _Grant, remaining: int, now: float) -> bool:
-        little = remaining <= max(grant.remaining // 2, _REST)
         still = remaining == grant.seen and now - grant.since >= _STALLED_SECONDS
-        return bool(remaining) and remaining != grant.remaining and little and still
+        return bool(remaining) and remaining != grant.remaining and still

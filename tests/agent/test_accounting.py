@@ -369,13 +369,12 @@ def test_kernel_begins_anew_with_a_new_allowance_and_for_who_stands_still_with_a
     assert grants.number(1) == first  # it has used nothing, and all of it remains
     allowances.add({1: 300_000})
     assert grants.number(1) == first
-    now = 200.0
-    assert grants.number(1) == first  # half of it is not used yet: the kernel cannot be through
+    now = 101.0
     allowances.add({1: 600_000})
     assert grants.number(1) == first  # it moves
-    now = 201.0
+    now = 102.0
     assert grants.number(1) == first
-    now = 203.0
+    now = 104.0
     second = grants.number(1)
     assert second != first
     now = 300.0
