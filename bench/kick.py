@@ -51,7 +51,7 @@ print(last, flush=True)
 
 
 def measure(*, quick: bool) -> list[Result]:
-    rounds = 3 if quick else 30
+    rounds = 3 if quick else 20
     with tempfile.TemporaryDirectory(prefix="skynetvpn-kick-") as name, ExitStack() as stack:
         directory = Path(name)
         (directory / "template").mkdir()
