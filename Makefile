@@ -41,7 +41,7 @@ check: $(VENV)/.installed ## format, lint, types
 
 pytest: install
 	@$(SYSTEM) $(TEST_PACKAGES)
-	@$(PYTHON) -m pytest -q -m "not kernel"
+	@$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not kernel"
 
 test-kernel: install ## the tests that need WireGuard and L2TP in the kernel, in a virtual machine
 	@$(SYSTEM) $(TEST_PACKAGES)

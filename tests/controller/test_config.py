@@ -145,9 +145,9 @@ def test_a_missing_key_is_told(directory: Path, name: str) -> None:
         "k1:changeme",
         "k1:" + "00" * 32,
         "k1:" + "ab" * 32,
-        "k1:" + os.urandom(16).hex(),
-        ":" + os.urandom(32).hex(),
-        "k1:" + os.urandom(32).hex() + "\nk2:secret",
+        "k1:" + bytes(range(16)).hex(),
+        ":" + bytes(range(32)).hex(),
+        "k1:" + bytes(range(32)).hex() + "\nk2:secret",
     ],
 )
 def test_a_default_or_short_secret_is_refused_and_not_repeated(directory: Path, line: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from agent.drivers import commands
 from agent.drivers.base import DriverError
+from agent.drivers.pidfd import open_process
 
 _MARK = "SKYNETVPN_L2TP"
 _END_WITHIN = 1.0  # seconds; a pppd that waits for the farewell of a client that is gone would take six
@@ -79,9 +80,8 @@ class Daemon:
         if self._watched is not None:
             return
         loop = asyncio.get_running_loop()
-        try:
-            self._watched = os.pidfd_open(process.pid)
-        except ProcessLookupError:
+        self._watched = open_process(process.pid)
+        if self._watched is None:
             loop.call_soon(ended)
             return
 
@@ -107,9 +107,8 @@ async def end(processes: Iterable[Process], within: float = _END_WITHIN) -> None
 
 
 async def _end(process: Process, within: float) -> None:
-    try:
-        descriptor = os.pidfd_open(process.pid)
-    except ProcessLookupError:
+    descriptor = open_process(process.pid)
+    if descriptor is None:
         return
     try:
         # Only now the number cannot go to another process.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from agent.drivers import commands
 from agent.drivers.base import DriverError
+from agent.drivers.pidfd import open_process
 
 _FAREWELL = 0.3  # seconds in which it tells its clients; the second signal ends it at once
 _PATIENCE = 5.0
@@ -62,11 +63,11 @@ async def gone(process: Process, patience: float) -> bool:
 async def _signalled(process: Process, number: signal.Signals | None, patience: float) -> bool:
     """Send a signal, if any, and wait; return whether the process is gone."""
     try:
-        descriptor = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return True
+        descriptor = open_process(process.pid)
     except OSError as error:
         raise DriverError(f"process {process.pid}: {error.strerror}") from error
+    if descriptor is None:
+        return True
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     loop.add_reader(descriptor, ended.set)

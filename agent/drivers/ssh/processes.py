@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.drivers.base import DriverError
+from agent.drivers.pidfd import open_process
 from agent.drivers.ssh.passwd import UIDS
 from agent.drivers.ssh.rules import Client
 
@@ -58,11 +59,11 @@ class Found:
 def hold(pid: int) -> Process | None:
     """None where it has ended."""
     try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
+        descriptor = open_process(pid)
     except OSError as error:
         raise DriverError(f"process {pid} of sshd cannot be watched: {error.strerror}") from error
+    if descriptor is None:
+        return None
     started = _start(pid)
     if started is None:
         os.close(descriptor)
