@@ -168,9 +168,8 @@ class LiveStates:
 
     def count_states(self) -> Mapping[Status, int]:
         now = self._clock()
-        return Counter(
-            status(None, entry.handshake_at, now, self._is_live(entry)) for entry in self._ledger.entries.values()
-        )
+        entries = list(self._ledger.entries.values())  # in one step: metrics are made in a thread
+        return Counter(status(None, entry.handshake_at, now, self._is_live(entry)) for entry in entries)
 
     async def flush(self) -> None:
         """Write what changed since the last flush. What could not be written stays for the next one."""

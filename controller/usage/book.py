@@ -34,8 +34,8 @@ class Book:
         self._batch = Batch()
 
     def __iter__(self) -> Iterator[Entry]:
-        for entries in self._nodes.values():
-            yield from entries.values()
+        for entries in list(self._nodes.values()):
+            yield from list(entries.values())
 
     def of_user(self, user_id: str) -> Collection[Entry]:
         return self._users.get(user_id, {}).values()
@@ -50,7 +50,7 @@ class Book:
         return self._nodes.get(node_id, {}).get(session_id)
 
     def counts(self) -> Mapping[tuple[str, str], int]:
-        """(node id, protocol) -> sessions."""
+        """(node id, protocol) -> sessions; also from another thread, for metrics."""
         return Counter((entry.node_id, entry.protocol) for entry in self)
 
     def add(self, entry: Entry) -> None:

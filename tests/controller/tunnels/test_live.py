@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -256,3 +258,35 @@ async def test_counts_survive_a_database_that_is_away_and_are_not_acknowledged_m
     await world.live.flush()
     assert acknowledged == [(world.nodes[0], 1)]
     assert await stored(world, made) == (10, 20)
+
+
+async def test_metrics_are_read_by_a_thread_while_connections_come_and_go(world: Any, made: Connection) -> None:
+    stop, failures, read = threading.Event(), list[Exception](), 0
+
+    def look() -> None:
+        nonlocal read
+        while not stop.is_set():
+            try:
+                world.live.count_states()
+                world.live.book.counts()
+                read += 1
+            except Exception as error:
+                failures.append(error)
+                return
+
+    ledger, entry = world.live._ledger, world.live._ledger.entries[made.id]
+    thread = threading.Thread(target=look)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        for number in range(20_000):
+            ledger.entries[f"other-{number}"] = entry
+            if number % 3 == 0:
+                del ledger.entries[f"other-{number}"]
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not failures
+    assert read
