@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
@@ -21,6 +21,7 @@ from controller.usage.tables import LimitsRow
 from shared import access
 from shared.access import MAX_BYTES
 
+_EARLIEST, _LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9998, 12, 31, tzinfo=UTC)  # with room for time zones
 _BATCH = 500  # engines limit the parameters of a statement
 
 log = structlog.get_logger()
@@ -135,6 +136,8 @@ def _nothing_used(value: object) -> int:
 def _moment(value: object) -> datetime:
     if not isinstance(value, datetime) or value.tzinfo is None:
         raise ValueError("expected a time with its offset from UTC, or nothing for no end")
+    if not _EARLIEST <= value <= _LATEST:
+        raise ValueError(f"expected a time from {_EARLIEST.year} to {_LATEST.year}, or nothing for no end")
     return value
 
 
