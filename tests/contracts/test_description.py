@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from html.parser import HTMLParser
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
 from openapi_spec_validator import validate
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from controller.accounts.service import Client
 from shared.keys import PrivateKey
+from tests.contracts.fuzz import drive
 from tests.contracts.world import PASSWORD, Api, World
 
 
@@ -142,44 +139,8 @@ async def test_the_page_for_people_loads_its_own_assets_only(api: Api) -> None:
 
 @pytest.mark.timeout(110)
 async def test_no_generated_request_gets_an_answer_that_is_not_described(alice: Api, api: Api, world: World) -> None:
-    """Schemathesis makes requests, right and wrong ones, from the document; each answer has to be described there."""
-    document = await described(api)
-    schema = schemathesis.openapi.from_dict(document)
-    schema.config.update(base_url=api.url + api.prefix)
-    loop = asyncio.get_running_loop()
-    calls = 0
+    async def token() -> str:
+        return (await world.accounts.login("bob", PASSWORD, "skynet", Client()))[0]
 
-    def drive(operation: Any) -> None:
-        @given(case=operation.as_strategy())
-        @settings(
-            max_examples=12,
-            derandomize=True,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        def run(case: Any) -> None:
-            nonlocal calls
-            calls += 1
-            headers = {"Authorization": f"Bearer {alice.token}"}
-            if "logout" in case.path:
-                token, _ = asyncio.run_coroutine_threadsafe(_login(world), loop).result(20)
-                headers = {"Authorization": f"Bearer {token}"}
-            response = case.call(headers=headers)
-            assert response.status_code < 500, (case, response.text)
-            case.validate_response(response, excluded_checks=_NOT_OURS)
-
-        run()
-
-    for operation in [found.ok() for found in schema.get_all_operations()]:  # type: ignore[union-attr]
-        await asyncio.to_thread(drive, operation)
-    assert calls >= 60
-
-
-async def _login(world: World) -> tuple[str, object]:
-    return await world.accounts.login("bob", PASSWORD, "skynet", Client())
-
-
-# Many a request of the right form is refused for what it says: a key of a node, a common password, another's address.
-_NOT_OURS: list[Any] = [positive_data_acceptance]
+    held, url = alice.token, api.url + api.prefix
+    assert await drive(await described(api), url, held=held, fresh=token, spends="logout", examples=12) >= 60
