@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import sqlalchemy as sa
-import structlog
 
 from controller.accounts.principal import Plan
 from controller.fleet.errors import ServerNotFound
@@ -17,13 +15,10 @@ from controller.fleet.metrics import FleetMetrics
 from controller.fleet.nodes import NodeStatus
 from controller.fleet.offer import known_protocols
 from controller.fleet.tables import NodeRow
-from controller.store.database import Committed, Database, StoreUnavailable, Topic
+from controller.store.database import Database, Topic
+from controller.store.snapshot import Snapshot
 from shared.protocol import Load
 from shared.resource import Protocol
-
-_RETRY = 1.0  # seconds
-
-log = structlog.get_logger()
 
 
 class ServerStatus(StrEnum):
@@ -67,9 +62,8 @@ class Directory:
         self._offered: dict[Plan, dict[str, Server]] = {}
         self._online: set[str] = set()
         self._loads: dict[str, Load] = {}
-        self._stale = asyncio.Event()
+        self._snapshot = Snapshot(database, Topic.NODES, self._read, event="fleet.directory_stale")
         self.revision = 0
-        database.listen(self._committed)
 
     def servers(self, plan: Plan) -> tuple[Server, ...]:
         """What the plan may use, by name; nodes that are disabled or locked are not offered."""
@@ -110,36 +104,19 @@ class Directory:
 
     async def refresh(self) -> None:
         """Read all nodes; what is there stays where the database fails."""
-        self._stale.clear()
-        try:
-            async with self._database.read() as session:
-                rows = (await session.scalars(sa.select(NodeRow).order_by(NodeRow.name))).all()
-        except BaseException:
-            self._stale.set()
-            raise
+        await self._snapshot.refresh()
+
+    async def run(self) -> None:
+        await self._snapshot.run()
+
+    async def _read(self) -> None:
+        async with self._database.read() as session:
+            rows = (await session.scalars(sa.select(NodeRow).order_by(NodeRow.name))).all()
         self._entries = {row.id: self._entry(row) for row in rows if row.wireguard_public_key is not None}
         counts = Counter(row.status for row in rows if row.enrolled_at is not None)
         for status in NodeStatus:
             self._metrics.nodes.labels(status).set(counts[status])
         self._changed()
-
-    async def run(self) -> None:
-        failing = False
-        while True:
-            await self._stale.wait()
-            try:
-                await self.refresh()
-            except StoreUnavailable:
-                if not failing:
-                    log.warning("fleet.directory_stale")
-                failing = True
-                await asyncio.sleep(_RETRY)
-            else:
-                failing = False
-
-    def _committed(self, committed: Committed) -> None:
-        if Topic.NODES in committed.topics:
-            self._stale.set()
 
     def _entry(self, row: NodeRow) -> _Entry:
         status = NodeStatus(row.status)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,13 +26,12 @@ from controller.fleet.standing import Standing
 from controller.fleet.tables import NodeRow
 from controller.fleet.vetting import PORT, SETTINGS, Place, conflict, faults
 from controller.fleet.vpnkeys import VpnKeys, new_psk
-from controller.store.database import Committed, Database, StoreUnavailable, Topic, Transaction
+from controller.store.database import Database, Topic, Transaction
+from controller.store.snapshot import Snapshot
 from shared.desired import Payload
 from shared.protocol import OPENVPN_SERVER, Certificate
 from shared.resource import InvalidResource, Protocol
 from shared.services import Server
-
-_RETRY = 1.0  # seconds
 
 log = structlog.get_logger()
 
@@ -62,8 +60,7 @@ class Protocols:
         self._fleet = settings
         self._keys = keys
         self._layers = Layers({})
-        self._stale = asyncio.Event()
-        database.listen(self._committed)
+        self._snapshot = Snapshot(database, Topic.NODES, self._read, event="fleet.protocols_stale")
 
     def server_of(self, node_id: str, protocol: Protocol) -> Server:
         """What the node runs for a protocol beside WireGuard; also what a client config is made from."""
@@ -146,27 +143,14 @@ class Protocols:
 
     async def refresh(self) -> None:
         """Read what is set; what is there stays where the database fails."""
-        self._stale.clear()
-        try:
-            async with self._database.read() as session:
-                self._layers = await read_layers(session, self._database.secrets)
-        except BaseException:
-            self._stale.set()
-            raise
+        await self._snapshot.refresh()
 
     async def run(self) -> None:
-        failing = False
-        while True:
-            await self._stale.wait()
-            try:
-                await self.refresh()
-            except StoreUnavailable:
-                if not failing:
-                    log.warning("fleet.protocols_stale")
-                failing = True
-                await asyncio.sleep(_RETRY)
-            else:
-                failing = False
+        await self._snapshot.run()
+
+    async def _read(self) -> None:
+        async with self._database.read() as session:
+            self._layers = await read_layers(session, self._database.secrets)
 
     async def list(self, server_id: str | None = None) -> Sequence[ProtocolState]:
         """All protocols, of the fleet or of one node. Raises ServerNotFound."""
@@ -238,10 +222,6 @@ class Protocols:
         for node, protocols in wanted:
             payloads = [self._payload(layers, protocol, node) for protocol in protocols]
             await desired.put(tx, desired.node_scope(node.id), payloads)
-
-    def _committed(self, committed: Committed) -> None:
-        if Topic.NODES in committed.topics:
-            self._stale.set()
 
 
 def _protocol(name: str) -> Protocol:
