@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
-from controller.contracts.kit import Id, Model, Moment, Secret, Text
+from controller.contracts.kit import GivenMoment, Id, Model, Moment, Secret, Text
 
 ProtocolName = Literal["wireguard", "openvpn", "ssh", "l2tp"]
 ProtocolStatus = Literal["running", "applying", "error", "stopped"]
@@ -67,7 +67,7 @@ class UserChange(Model):
     protocols: Protocols | None = None
     quota_bytes: Amount | None = None
     quota_period: PeriodName | None = None
-    expires_at: Annotated[AwareDatetime | None, Field(strict=False)] = None
+    expires_at: GivenMoment | None = None
     max_sessions: Amount | None = None
     rate_up: Annotated[Amount | None, Field(description="Bits per second from the client")] = None
     rate_down: Annotated[Amount | None, Field(description="Bits per second to the client")] = None

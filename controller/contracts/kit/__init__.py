@@ -6,7 +6,7 @@ from controller.contracts.kit.contract import JSON, Access, Call, Contract, Fail
 from controller.contracts.kit.failures import not_acceptable
 from controller.contracts.kit.models import Id, Model, Secret, Text
 from controller.contracts.kit.server import Api, HttpSettings
-from controller.contracts.kit.times import Moment, rfc3339
+from controller.contracts.kit.times import GivenMoment, Moment, rfc3339
 
 __all__ = [
     "JSON",
@@ -16,6 +16,7 @@ __all__ = [
     "Call",
     "Contract",
     "Failure",
+    "GivenMoment",
     "HttpSettings",
     "Id",
     "Model",

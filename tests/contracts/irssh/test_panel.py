@@ -229,6 +229,8 @@ async def test_an_inactive_user_has_no_login_until_it_is_active_again(admin: Api
         {"quota_bytes": "10"},
         {"quota_period": "yearly"},
         {"expires_at": "tomorrow"},
+        {"expires_at": 1893456000},
+        {"expires_at": "1893456000000"},
         {"expires_at": "2030-01-01T00:00:00"},
         {"expires_at": "0001-01-01T00:00:00+14:00"},
         {"expires_at": "9999-12-31T23:59:59-14:00"},
