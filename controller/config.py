@@ -17,6 +17,7 @@ import yaml
 
 from controller.accounts.principal import Plan
 from controller.secretbox import SecretBox
+from shared.addresses import check_name_server
 from shared.settings import SettingsError, check, load
 
 ENVIRONMENT_PREFIX = "SKYNETVPN"
@@ -66,9 +67,9 @@ def _positive(value: int) -> int:
     return value
 
 
-def _addresses(value: tuple[str, ...]) -> tuple[str, ...]:
+def _name_servers(value: tuple[str, ...]) -> tuple[str, ...]:
     for item in value:
-        ip_address(item)
+        check_name_server(item)
     return value
 
 
@@ -128,7 +129,7 @@ class Tunnel:
     ipv6_pool: str = field(default="fd66:6b79::/112", metadata=check(_pool6))
     port: int = field(default=51820, metadata=check(_port))
     mtu: int = field(default=1420, metadata=check(_positive))
-    dns: tuple[str, ...] = field(default=("1.1.1.1", "2606:4700:4700::1111"), metadata=check(_addresses))
+    dns: tuple[str, ...] = field(default=("1.1.1.1", "2606:4700:4700::1111"), metadata=check(_name_servers))
     cool_down_seconds: int = field(default=600, metadata=check(_positive))
     max_bytes_per_second: int = field(default=12_500_000_000, metadata=check(_positive))  # more is a broken counter
 

@@ -53,6 +53,19 @@ def check_client_prefix(text: str) -> None:
         raise InvalidAddress(f"{text!r} is written '{canonical}/{bits}'")
 
 
+def check_name_server(text: str) -> None:
+    """Check the address of a DNS server; without a zone (RFC 4007), which is of one host only, and may hold anything.
+
+    Raises InvalidAddress.
+    """
+    try:
+        zone = getattr(ip_address(text), "scope_id", None)
+    except ValueError as error:
+        raise InvalidAddress(f"{text!r} is not the address of a DNS server") from error
+    if zone is not None:
+        raise InvalidAddress(f"{text!r} has a zone, which means nothing to other hosts")
+
+
 def _is_unicast4(packed: bytes) -> bool:
     """Not unspecified, loopback, link-local or multicast (RFC 6890)."""
     return any(packed) and packed[0] != 127 and packed[:2] != b"\xa9\xfe" and not 224 <= packed[0] < 240

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_network
 
 import msgspec
 
 from shared.access import check_chap_secret
+from shared.addresses import InvalidAddress, check_name_server
 from shared.resource import InvalidResource, Kind, Protocol, check_port, resource_hash
 
 L2TP_PORT = 1701  # RFC 2661; no client asks for another
@@ -127,9 +128,9 @@ def _check_pool(text: str, version: int, longest: int) -> None:
 def _check_dns(servers: tuple[str, ...]) -> None:
     for server in servers:
         try:
-            ip_address(server)
-        except ValueError as error:
-            raise InvalidResource(f"{server!r} is not the address of a DNS server") from error
+            check_name_server(server)
+        except InvalidAddress as error:
+            raise InvalidResource(str(error)) from error
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import ClassVar
 
 from controller.access.clientconfig import InvalidClientConfig, check_endpoint, comment, join_port
-from shared.addresses import check_client_prefix
+from shared.addresses import check_client_prefix, check_name_server
 from shared.keys import PresharedKey, PrivateKey, PublicKey
 
 EVERYTHING = ("0.0.0.0/0", "::/0")
@@ -38,7 +37,7 @@ class WireGuardConfig:
         for address in self.addresses:
             check_client_prefix(address)
         for server in self.dns:
-            ip_address(server)
+            check_name_server(server)
         if not set(self.allowed_ips) <= set(EVERYTHING):
             raise InvalidClientConfig(f"allowed IPs are some of {', '.join(EVERYTHING)}")
         check_endpoint(self.endpoint_host, self.endpoint_port)

@@ -105,6 +105,7 @@ def test_networks_that_overlap_are_told(directory: Path, settings: dict[str, obj
         ({"tunnel": {"ipv6_pool": "fd66::/48"}}, "tunnel.ipv6_pool: expected an IPv6 network"),
         ({"tunnel": {"port": 0}}, "tunnel.port: "),
         ({"tunnel": {"dns": ["one.one.one.one"]}}, "tunnel.dns: "),
+        ({"tunnel": {"dns": ["fe80::1%eth0"]}}, "tunnel.dns: "),
         ({"rate_limits": {"skynot": {}}}, "rate_limits: unknown contract skynot"),
         ({"plans": {"gold": {"max_connections": 1}}}, "plans: unknown plan gold"),
         ({"contracts": {"default_api": "soap"}}, "contracts.default_api: unknown contract soap"),

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.addresses import InvalidAddress, check_client_prefix, parse_interface, rate_limit_key
+from shared.addresses import (
+    InvalidAddress,
+    check_client_prefix,
+    check_name_server,
+    parse_interface,
+    rate_limit_key,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,14 @@ def test_what_is_unicast_is_as_the_standard_library_has_it(address: IPv4Address 
     embedded = isinstance(address, IPv6Address) and int(address) >> 32 in (0, 0xFFFF)
     with pytest.raises(InvalidAddress) if special or embedded else nullcontext():
         check_client_prefix(f"{address}/{address.max_prefixlen}")
+
+
+@pytest.mark.parametrize("text", ["dns.example.org", "9.9.9.9\n", "fe80::1%eth0", "fe80::1%x\nms-wins 1", ""])
+def test_a_name_server_is_an_address_without_a_zone(text: str) -> None:
+    check_name_server("2620:fe::fe")
+    check_name_server("9.9.9.9")
+    with pytest.raises(InvalidAddress):
+        check_name_server(text)
 
 
 def test_an_interface_address_keeps_its_prefix() -> None:

@@ -247,6 +247,8 @@ async def test_wireguards_port_moves_on_nodes_that_were_given_none(world: World)
         ),
         ("openvpn", {"settings": {"dns": ["one.one.one.one"]}}, {"settings.dns"}),
         ("openvpn", {"settings": {"dns": ["9.9.9.9\npush evil"]}}, {"settings.dns"}),
+        ("openvpn", {"settings": {"dns": ["fe80::1%x\nms-wins 1"]}}, {"settings.dns"}),
+        ("openvpn", {"settings": {"dns": ["::1%eth0"]}}, {"settings.dns"}),
         ("openvpn", {"settings": {"transports": []}}, {"settings.transports"}),
         ("openvpn", {"settings": {"max_clients": 0, "keepalive": 0}}, {"settings.max_clients", "settings.keepalive"}),
         ("openvpn", {"settings": {"mtu": "1400; rm"}}, {"settings.mtu"}),

@@ -149,6 +149,7 @@ def test_an_ipv6_endpoint_stands_in_brackets(host: str, endpoint: str) -> None:
         {"endpoint_host": "fe80::1%eth0"},
         {"endpoint_port": 0},
         {"dns": ("9.9.9.9\nPostUp = id",)},
+        {"dns": ("fe80::1%x\nPostUp = id",)},
         {"addresses": ("0.0.0.0/0",)},
         {"addresses": ("10.0.0.1/32\n",)},
         {"allowed_ips": ("0.0.0.0/0\n",)},
