@@ -149,7 +149,8 @@ class Reporter:
         latest: dict[bytes, PeerStats] = {}
         for peer in stats:
             before = self.latest.get(peer.public_key)
-            latest[peer.public_key] = before if before == peer else peer
+            known = before if before == peer else peer
+            latest[known.public_key] = known  # the key that is held already: the new one is as large as the counters
             if before is None and not peer.handshake and not first:
                 self._young.setdefault(peer.public_key, monotonic)
             fell = fell or (before is not None and (peer.rx < before.rx or peer.tx < before.tx))

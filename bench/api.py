@@ -38,7 +38,7 @@ def measure(*, quick: bool) -> list[Result]:
     if (os.cpu_count() or 1) < 2:
         return [not_measured(ROW, _MEASURE, "server and load need a core each")]
     try:
-        interpreter = venv.python()
+        interpreter = venv.python("bench")
     except (RuntimeError, OSError) as error:
         return [not_measured(ROW, _MEASURE, f"the twin cannot be installed: {error}")]
     with ExitStack() as exits:

@@ -1,10 +1,14 @@
-"""Row 9: the agent's resident memory against Debian's node_exporter, idle and with 10,000 peers; 5 scrapes each."""
+"""Row 9: the agent's resident memory against Debian's node_exporter, idle and with 10,000 peers; 5 scrapes each.
+
+The agent has the libraries that it needs, not those of the tests: some load others where these are installed.
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 
+from bench import venv
 from bench.harness import Goal, Result, absolute, not_measured
 from bench.stack import Stack, resident_kib, settle
 from tests.support.host import Host
@@ -45,7 +49,7 @@ def measure(*, quick: bool) -> list[Result]:
 
 def _agent(peers: int, *, quick: bool) -> tuple[float, float | None]:
     """MB of the agent and, measured beside it, of node_exporter."""
-    with Stack(peers=peers) as stack:
+    with Stack(peers=peers, python=venv.python("agent")) as stack:
         assert stack.agent is not None
         settle(5 if quick else 65)  # two re-checks of the host, a dozen readings of the counters
         _scrape(stack.node.namespace, _AGENT_METRICS)

@@ -47,11 +47,15 @@ _SAMPLE = re.compile(r"^(\w+) ([0-9.e+-]+)$", re.MULTILINE)
 
 
 class Stack:
-    """`peers` are on the node when `start` returns. `core` pins the controller, the agent may use all others."""
+    """`peers` are on the node when `start` returns. `core` pins the controller, the agent may use all others.
 
-    def __init__(self, *, peers: int = 0, core: int | None = None) -> None:
+    `python` is the interpreter of the agent.
+    """
+
+    def __init__(self, *, peers: int = 0, core: int | None = None, python: str = sys.executable) -> None:
         self._exit = ExitStack()
         self._core = core
+        self._agent = ("env", f"PYTHONPATH={Path(__file__).parent.parent}", python, "-m", "agent")
         self.count = peers
         self.agent: subprocess.Popen[Any] | None = None
 
@@ -88,8 +92,7 @@ class Stack:
         token = self._command(*joining, "--minutes", "60")
         asyncio.run(self._seed())
         self.start_controller()
-        agent = (sys.executable, "-m", "agent")
-        self.node.run(*agent, "enroll", "--token", "-", "--dir", str(self.agent_directory), stdin=token)
+        self.node.run(*self._agent, "enroll", "--token", "-", "--dir", str(self.agent_directory), stdin=token)
         self.start_agent()
         self.wait_applied()
         self.token = self._login()
@@ -154,7 +157,7 @@ class Stack:
         self.start_controller()
 
     def start_agent(self) -> None:
-        argv = (sys.executable, "-m", "agent", "run", "--config", str(self.agent_directory / "agent.yaml"))
+        argv = (*self._agent, "run", "--config", str(self.agent_directory / "agent.yaml"))
         self.agent = self.node.start(self.directory / "agent.log", *argv)
 
     def stop_agent(self, number: signal.Signals = signal.SIGTERM) -> None:

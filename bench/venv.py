@@ -1,4 +1,4 @@
-"""The named programs that are Python have an environment of their own: the product's stays as it is installed."""
+"""Environments of their own: for the named programs that are Python, and for an agent as a node has it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
-_REQUIREMENTS = _ROOT / "requirements" / "bench.txt"
-_DIRECTORY = _ROOT / ".cache" / "bench-venv"
 
 
-def python() -> str:
-    """The interpreter of the environment, made anew when the requirements changed; raise RuntimeError."""
-    interpreter, stamp = _DIRECTORY / "bin" / "python", _DIRECTORY / "installed"
-    wanted = hashlib.sha256(_REQUIREMENTS.read_bytes() + sys.version.encode()).hexdigest()
+def python(name: str) -> str:
+    """The interpreter with what requirements/<name>.txt lists, and nothing else; raise RuntimeError.
+
+    The environment is made anew when the requirements changed.
+    """
+    requirements = _ROOT / "requirements" / f"{name}.txt"
+    directory = _ROOT / ".cache" / f"{name}-venv"
+    interpreter, stamp = directory / "bin" / "python", directory / "installed"
+    wanted = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return str(interpreter)
-    shutil.rmtree(_DIRECTORY, ignore_errors=True)
-    _DIRECTORY.parent.mkdir(exist_ok=True)
-    _run(sys.executable, "-m", "venv", str(_DIRECTORY))
-    _run(str(interpreter), "-m", "pip", "install", "-q", "--require-hashes", "-r", str(_REQUIREMENTS))
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.parent.mkdir(exist_ok=True)
+    _run(sys.executable, "-m", "venv", str(directory))
+    _run(str(interpreter), "-m", "pip", "install", "-q", "--require-hashes", "-r", str(requirements))
     stamp.write_text(wanted)
     return str(interpreter)
 

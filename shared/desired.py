@@ -58,7 +58,7 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
         return resource_hash(Kind.WIREGUARD_INTERFACE, self.name, self.listen_port, addresses, self.mtu)
 
 
-class Peer(msgspec.Struct, frozen=True, kw_only=True):
+class Peer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A WireGuard peer as the interface has it, and the lease that the node enforces by itself."""
 
     public_key: bytes

@@ -52,8 +52,8 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     message: Text
 
 
-class PeerStats(msgspec.Struct, frozen=True, array_like=True):
-    """A peer's cumulative counters, as the interface shows them."""
+class PeerStats(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A peer's cumulative counters, as the interface shows them. A node has thousands, none of them in a cycle."""
 
     public_key: bytes
     rx: Count  # bytes from the client
