@@ -64,7 +64,7 @@ class Agent:
         host = Host(open_wireguard or chosen, firewall or Nftables(), key, public_key)
         self.services = Services(
             config.protocols,
-            open_service or open_driver(config.directory, boot_id),
+            open_service or open_driver(config.directory, boot_id, config.openvpn_units),
             recheck_seconds=config.recheck_seconds,
         )
         self._ledger = Ledger(config.directory)

@@ -31,16 +31,17 @@ OpenDriver = Callable[[Protocol, Admit, Notify], ServiceDriver]
 log = structlog.get_logger()
 
 
-def open_driver(directory: Path, boot_id: str) -> OpenDriver:
+def open_driver(directory: Path, boot_id: str, openvpn_units: Path | None = None) -> OpenDriver:
     """Make drivers of this host, loading only the code of the protocols that are asked for."""
 
     def opened(protocol: Protocol, admit: Admit, notify: Notify) -> ServiceDriver:
         place = directory / protocol
         match protocol:
             case Protocol.OPENVPN:
-                from agent.drivers.openvpn import OpenVpn
+                from agent.drivers.openvpn import OpenVpn, Units
 
-                return OpenVpn(place, boot_id=boot_id, admit=admit, notify=notify)
+                launcher = None if openvpn_units is None else Units(place, openvpn_units)
+                return OpenVpn(place, boot_id=boot_id, admit=admit, notify=notify, launcher=launcher)
             case Protocol.SSH:
                 from agent.drivers.ssh import Ssh
 

@@ -23,7 +23,7 @@ from typing import Any
 from agent.drivers.openvpn.config import settings
 from agent.drivers.openvpn.logins import Logins
 from agent.drivers.openvpn.management import Management
-from agent.drivers.openvpn.process import Process
+from agent.drivers.openvpn.process import Detached, Process
 from agent.drivers.openvpn.server import Server
 from bench.harness import Goal, Ratio, Result, absolute, compared, interleaved
 from shared.access import Credential
@@ -110,6 +110,7 @@ class _Agent:
             settings(spec, "udp", "server.0123456789abcdef.pem", dual_stack=True),
             "udp",
             Management(ours, reader, writer),
+            launcher=Detached(Path("/nonexistent")),
             boot_id="bench",
             logins=logins,
             ended=lambda _: None,

@@ -13,11 +13,12 @@ import pytest
 from agent.drivers.base import DriverError, LiveSession, ServiceDriver
 from tests.support.l2tp import L2tpRig
 from tests.support.openssh import SshRig
-from tests.support.openvpn import OpenVpnRig
+from tests.support.openvpn import OpenVpnRig, OpenVpnUnitsRig
 from tests.support.rig import Rig, ServiceClient
 
 RIGS = [
     pytest.param(OpenVpnRig, id="openvpn", marks=pytest.mark.netns),
+    pytest.param(OpenVpnUnitsRig, id="openvpn-units", marks=pytest.mark.netns),
     pytest.param(SshRig, id="ssh", marks=pytest.mark.netns),
     pytest.param(L2tpRig, id="l2tp", marks=[pytest.mark.netns, pytest.mark.kernel]),
 ]

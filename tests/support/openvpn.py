@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from agent.drivers.base import Admit, Notify, ServiceDriver
-from agent.drivers.openvpn import OpenVpn
+from agent.drivers.openvpn import OpenVpn, Units
+from agent.drivers.openvpn.process import Launcher
 from shared.access import Credential
 from shared.crypt import hash_password
 from shared.resource import Protocol
@@ -237,7 +238,11 @@ class OpenVpnRig:
         self._exit.close()
 
     def driver(self, admit: Admit, notify: Notify) -> OpenVpn:
-        return OpenVpn(self.directory / "openvpn", boot_id="boot", admit=admit, notify=notify)
+        directory = self.directory / "openvpn"
+        return OpenVpn(directory, boot_id="boot", admit=admit, notify=notify, launcher=self.launcher(directory))
+
+    def launcher(self, directory: Path) -> Launcher | None:
+        return None
 
     async def prepare(self, driver: ServiceDriver) -> None:
         assert isinstance(driver, OpenVpn)
@@ -289,3 +294,20 @@ class OpenVpnRig:
 
 def by_certificate(username: str) -> bool:
     return username in ("alice", "carol")
+
+
+class OpenVpnUnitsRig(OpenVpnRig):
+    """The same, but the processes are systemd's: its own program for sockets starts one for each connection."""
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._runtime = self.directory / "run"
+        self._runtime.mkdir()
+        start = self._runtime / "start"
+        program = ("openvpn", "--config", "stdin")
+        self.host.popen("systemd-socket-activate", "--accept", "--inetd", f"--listen={start}", *program)
+        wait_until(start.exists)
+        return self
+
+    def launcher(self, directory: Path) -> Launcher:
+        return Units(directory, self._runtime)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Sequence
@@ -18,10 +19,8 @@ COMMANDS = {
     "skynetvpn-controller": "skynetvpn-controller run --config /etc/skynetvpn/controller.yaml",
     "skynetvpn-agent": "skynetvpn-agent run --config /var/lib/skynetvpn-agent/agent.yaml",
 }
-EXPOSURE = {"skynetvpn-controller": 1.5, "skynetvpn-agent": 3.0}
+EXPOSURE = {"skynetvpn-controller": 1.5, "skynetvpn-agent": 3.0, "skynetvpn-openvpn@": 2.0}
 SERVICES = sorted(COMMANDS)
-
-
 DROP_INS = sorted(path.stem for path in (UNITS / "protocols.d").glob("*.conf"))
 
 
@@ -51,7 +50,22 @@ def test_systemd_has_nothing_to_say_about_the_unit(service: str, tmp_path: Path)
     assert (verified.returncode, verified.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("service", SERVICES)
+def test_systemd_has_nothing_to_say_about_openvpns_units(tmp_path: Path) -> None:
+    (tmp_path / "openvpn").touch(0o755)
+    service = (UNITS / "skynetvpn-openvpn@.service").read_text()
+    (tmp_path / "skynetvpn-openvpn@.service").write_text(service.replace("/usr/sbin/openvpn", f"{tmp_path}/openvpn"))
+    shutil.copy(UNITS / "skynetvpn-openvpn.socket", tmp_path)
+    verified = run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", tmp_path / "skynetvpn-openvpn.socket"]
+    )
+    assert (verified.returncode, verified.stderr) == (0, "")
+    verified = run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", tmp_path / "skynetvpn-openvpn@x.service"]
+    )
+    assert (verified.returncode, verified.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("service", sorted(EXPOSURE))
 def test_the_service_is_as_closed_as_promised(service: str) -> None:
     threshold = str(round(EXPOSURE[service] * 10))
     argv = ["systemd-analyze", "security", "--offline=true", "--no-pager", f"--threshold={threshold}"]
@@ -94,8 +108,9 @@ def test_users_and_directories_are_made_as_the_unit_wants_them(service: str, tmp
     made = run(["systemd-sysusers", f"--root={tmp_path}", UNITS / "sysusers.d" / f"{service}.conf"])
     assert made.returncode == 0, made.stderr
     (user,) = settings(service)["User"]
-    entry = (tmp_path / "etc/passwd").read_text().splitlines()[-1].split(":")
-    assert (entry[0], entry[6]) == (user, "/usr/sbin/nologin")
+    accounts = [line.split(":") for line in (tmp_path / "etc/passwd").read_text().splitlines()]
+    assert {entry[6] for entry in accounts} == {"/usr/sbin/nologin"}
+    (entry,) = (entry for entry in accounts if entry[0] == user)
     made = run(["systemd-tmpfiles", f"--root={tmp_path}", "--create", UNITS / "tmpfiles.d" / f"{service}.conf"])
     assert made.returncode == 0, made.stderr
     (state,) = settings(service)["StateDirectory"]

@@ -18,6 +18,7 @@ from agent.drivers.openvpn.config import TRANSPORTS, Settings, UnsafeSettings
 from agent.drivers.openvpn.keys import Keys
 from agent.drivers.openvpn.logins import Logins
 from agent.drivers.openvpn.management import Management
+from agent.drivers.openvpn.process import Detached, Launcher
 from agent.drivers.openvpn.server import Server
 from agent.errors import AgentError
 from shared.access import Credential
@@ -30,8 +31,6 @@ log = structlog.get_logger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PROGRAM = "openvpn"
-_SOCKET_PATIENCE = 10.0  # seconds
 _HOLD_OFF = 300.0  # seconds between two tries that would end a working server
 _IPV6 = Path("/proc/net/if_inet6")
 
@@ -39,17 +38,19 @@ _IPV6 = Path("/proc/net/if_inet6")
 class OpenVpn:
     """The ServiceDriver, and the certificate that its servers need.
 
-    In `directory`: `server.<hash>.pem` (key and certificate), and for each process `<transport>.<hash>.conf` and
-    `.sock`. The hash is that of the settings, so that a process's command line tells what it runs with.
+    In `directory`: `server.<hash>.pem` (key and certificate), and for each process `<transport>.<hash>.conf`. The hash
+    is that of the settings, so that the name of a process's socket tells what it runs with. The launcher starts them.
     """
 
     protocol: Final = Protocol.OPENVPN
 
-    def __init__(self, directory: Path, *, boot_id: str, admit: Admit, notify: Notify, program: str = PROGRAM) -> None:
+    def __init__(
+        self, directory: Path, *, boot_id: str, admit: Admit, notify: Notify, launcher: Launcher | None = None
+    ) -> None:
         self._directory = directory.absolute()
         self._boot_id = boot_id
         self._notify = notify
-        self._program = program
+        self._launcher = launcher or Detached(self._directory)
         self._dual_stack = _IPV6.exists()
         self._logins = Logins(admit)
         self._keys = Keys(self._directory)
@@ -199,20 +200,12 @@ class OpenVpn:
         if config.parse(text) != settings:
             raise UnsafeSettings("the file would not say what it should")
         name = f"{settings.transport}.{config.token(text)}"
-        socket = self._directory / f"{name}.sock"
         await _on_disk(self._write, name, text)
-        await process.start(self._program, self._directory, f"{name}.conf", socket.name)
-        try:
-            async with asyncio.timeout(_SOCKET_PATIENCE):
-                while (management := await Management.connect(socket)) is None:  # noqa: ASYNC110 — it tells nobody
-                    await asyncio.sleep(0.01)
-        except TimeoutError as error:
-            raise DriverError(f"openvpn opened no management socket at {socket}") from error
-        socket.chmod(0o600)
-        running = process.find(management.pid, self._directory, f"{name}.conf")
+        management = await self._launcher.start(name)
+        running = self._launcher.find(management.pid, name)
         if running is None:
             await management.close()
-            raise DriverError(f"another program answers at {socket}")
+            raise DriverError(f"another program answers at {self._launcher.socket_path(name)}")
         return self._server(name, settings, management, running)
 
     async def _running(self) -> dict[str, Server]:
@@ -228,14 +221,14 @@ class OpenVpn:
         return self._servers
 
     async def _found(self, path: Path) -> Server | None:
-        management = await Management.connect(path.with_suffix(".sock"))
+        management = await Management.connect(self._launcher.socket_path(path.stem))
         if management is None:
             return None
         try:
             settings = config.parse((await asyncio.to_thread(files.read_private, path)).decode())
         except (AgentError, ValueError):
             settings = None
-        running = process.find(management.pid, self._directory, path.name)
+        running = self._launcher.find(management.pid, path.stem)
         if settings is None or running is None:
             await management.close()
             return None
@@ -255,6 +248,7 @@ class OpenVpn:
             settings,
             name,
             management,
+            launcher=self._launcher,
             boot_id=self._boot_id,
             logins=self._logins,
             ended=self._ended.append,
@@ -271,32 +265,34 @@ class OpenVpn:
     async def _attach(self, server: Server) -> None:
         if server.attached:
             return
-        management = await Management.connect(self._directory / f"{server.name}.sock")
+        management = await Management.connect(self._launcher.socket_path(server.name))
         if management is None:
             raise DriverError("openvpn does not answer at its management socket")
         await server.attach(management)
 
     async def _end(self, server: Server) -> None:
+        with contextlib.suppress(DriverError):  # a launcher may need it, and one that does not ends it all the same
+            await self._attach(server)
         await server.end()
         await server.close()
         log.info("openvpn.ended", transport=server.settings.transport, port=server.settings.port)
 
     async def _discard(self, server: Server) -> None:
         with contextlib.suppress(DriverError):
-            await process.end(server.process)
+            await server.end()
         await server.close()
 
     def _write(self, name: str, text: str) -> None:
         files.make_private_directory(self._directory)
-        (self._directory / f"{name}.sock").unlink(missing_ok=True)
         files.write_private(self._directory / f"{name}.conf", text.encode())
 
     def _tidy(self, certificate: str | None) -> None:
         """Take away what no process uses; without a certificate to keep, the keys as well."""
         servers = (self._servers or {}).values()
         names = {server.name for server in servers}
-        for path in (*self._directory.glob("*.conf"), *self._directory.glob("*.sock")):
+        for path in self._directory.glob("*.conf"):
             if path.stem not in names:
+                self._launcher.socket_path(path.stem).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
         if certificate is None:
             self._keys.remove()

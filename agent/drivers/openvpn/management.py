@@ -44,7 +44,7 @@ class Management:
         opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         opened.setblocking(False)
         try:
-            with _short(path) as name:
+            with short(path) as name:
                 await asyncio.get_running_loop().sock_connect(opened, name)
             reader, writer = await asyncio.open_unix_connection(sock=opened)
         except (FileNotFoundError, ConnectionRefusedError):
@@ -163,7 +163,7 @@ def _nobody(message: ClientEvent | Notice) -> None:
 
 
 @contextlib.contextmanager
-def _short(path: Path) -> Iterator[str]:
+def short(path: Path) -> Iterator[str]:
     """A name for a socket that fits into the 108 bytes of unix(7), however deep its directory is."""
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

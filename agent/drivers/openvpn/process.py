@@ -1,4 +1,4 @@
-"""An OpenVPN process that outlives the agent: started detached, told apart by its start time, ended for sure."""
+"""OpenVPN's processes outlive the agent: told apart by their start time, started by the agent itself or by another."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from agent.drivers import commands
 from agent.drivers.base import DriverError
+from agent.drivers.openvpn.management import Management
 from agent.drivers.pidfd import open_process
 
-_FAREWELL = 0.3  # seconds in which it tells its clients; the second signal ends it at once
-_PATIENCE = 5.0
+PROGRAM = "openvpn"
+FAREWELL = 0.3  # seconds in which it tells its clients; the second signal ends it at once
+PATIENCE = 5.0
+ANSWER = 10.0  # seconds until a process that has begun answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,36 +28,74 @@ class Process:
     started: int  # clock ticks after boot: with it a number that is used again is another process
 
 
-async def start(program: str, directory: Path, config: str, socket: str) -> None:
-    """Return when it has read its configuration, found no fault in it, and gone to the background.
+class Launcher(Protocol):
+    """Who starts the processes. A configuration is `<name>.conf` in the agent's directory, named after its content."""
 
-    It holds still then until it is told to go on: no port is open, no interface is there.
-    """
-    options = ["--management", socket, "unix", "--daemon", f"openvpn-{config.partition('.')[0]}"]
-    await commands.run([program, "--cd", str(directory), "--config", config, *options])
+    async def start(self, name: str) -> Management:
+        """Return when a process has read the configuration, found no fault in it, and answers; raise DriverError with
+        its words. It holds still then until it is told to go on: no port is open, no interface is there."""
+        ...
+
+    def socket_path(self, name: str) -> Path:
+        """Where the process of this configuration answers."""
+        ...
+
+    def find(self, pid: int, name: str) -> Process | None:
+        """The process of this number, where it is one that was started with this configuration."""
+        ...
+
+    async def end(self, process: Process, tell: Callable[[str], None]) -> None:
+        """Return when it is gone; `tell` sends it a command. Raise DriverError if it lives."""
+        ...
 
 
-def find(pid: int, directory: Path, config: str) -> Process | None:
-    """The process of this number, where it is one that `start` started with this configuration."""
+class Detached:
+    """The agent starts them itself, and they go to the background. Its sockets are beside the configurations."""
+
+    def __init__(self, directory: Path, *, program: str = PROGRAM) -> None:
+        self._directory = directory.absolute()
+        self._program = program
+
+    async def start(self, name: str) -> Management:
+        socket = self.socket_path(name)
+        socket.unlink(missing_ok=True)
+        options = ["--management", socket.name, "unix", "--daemon", f"openvpn-{name.partition('.')[0]}"]
+        await commands.run([self._program, "--cd", str(self._directory), "--config", f"{name}.conf", *options])
+        try:
+            async with asyncio.timeout(ANSWER):
+                while (management := await Management.connect(socket)) is None:  # noqa: ASYNC110 — it tells nobody
+                    await asyncio.sleep(0.01)
+        except TimeoutError as error:
+            raise DriverError(f"openvpn opened no management socket at {socket}") from error
+        socket.chmod(0o600)
+        return management
+
+    def socket_path(self, name: str) -> Path:
+        return self._directory / f"{name}.sock"
+
+    def find(self, pid: int, name: str) -> Process | None:
+        return find(pid, ["--cd", str(self._directory), "--config", f"{name}.conf"])
+
+    async def end(self, process: Process, tell: Callable[[str], None]) -> None:
+        """SIGTERM, which it tells its clients of; again, which it obeys at once; SIGKILL."""
+        for number, patience in ((signal.SIGTERM, FAREWELL), (signal.SIGTERM, PATIENCE), (signal.SIGKILL, PATIENCE)):
+            if await _signalled(process, number, patience):
+                return
+        raise DriverError(f"openvpn (process {process.pid}) does not end")
+
+
+def find(pid: int, arguments: list[str]) -> Process | None:
+    """The process of this number, where its command line begins with a program and these arguments."""
     try:
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return None
     started = _started(pid)
-    ours = argv[1:5] == ["--cd", str(directory), "--config", config]
-    return Process(pid, started) if ours and started is not None else None
+    return Process(pid, started) if argv[1 : 1 + len(arguments)] == arguments and started is not None else None
 
 
 def alive(process: Process) -> bool:
     return _started(process.pid) == process.started
-
-
-async def end(process: Process) -> None:
-    """SIGTERM, which it tells its clients of; again, which it obeys at once; SIGKILL. Raise DriverError if it lives."""
-    for number, patience in ((signal.SIGTERM, _FAREWELL), (signal.SIGTERM, _PATIENCE), (signal.SIGKILL, _PATIENCE)):
-        if await _signalled(process, number, patience):
-            return
-    raise DriverError(f"openvpn (process {process.pid}) does not end")
 
 
 async def gone(process: Process, patience: float) -> bool:

@@ -17,7 +17,7 @@ from agent.drivers.openvpn.config import Settings, quote
 from agent.drivers.openvpn.logins import Logins
 from agent.drivers.openvpn.management import Management
 from agent.drivers.openvpn.messages import ClientEvent, Notice, Row, login_name, remote, table
-from agent.drivers.openvpn.process import Process
+from agent.drivers.openvpn.process import Launcher, Process
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +52,7 @@ class Server:
         name: str,
         management: Management,
         *,
+        launcher: Launcher,
         boot_id: str,
         logins: Logins,
         ended: Callable[[LiveSession], None],
@@ -60,6 +61,7 @@ class Server:
         self.process = running
         self.settings = settings
         self.name = name
+        self._launcher = launcher
         self._boot_id = boot_id
         self._logins = logins
         self._ended = ended
@@ -146,7 +148,7 @@ class Server:
 
     async def end(self) -> None:
         """End the process; what it says of its clients on the way out is heard."""
-        await process.end(self.process)
+        await self._launcher.end(self.process, self._management.tell)
         await self._management.drained()
         self._finish_all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -17,17 +18,20 @@ import pytest
 
 from agent import files
 from agent.drivers.base import DriverError, LiveSession, Unsupported
-from agent.drivers.openvpn import OpenVpn, config, process
+from agent.drivers.openvpn import OpenVpn, Units, config, process
 from shared.crypt import hash_password
-from tests.support.openvpn import Authority, Client, OpenVpnRig
+from tests.support.openvpn import Authority, Client, OpenVpnRig, OpenVpnUnitsRig
 
 pytestmark = pytest.mark.netns
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[OpenVpnRig]:
-    with OpenVpnRig(tmp_path) as made:
+@pytest.fixture(params=[OpenVpnRig])
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenVpnRig]:
+    with request.param(tmp_path) as made:
         yield made
+
+
+whoever_starts = pytest.mark.parametrize("rig", [OpenVpnRig, OpenVpnUnitsRig], indirect=True, ids=["agent", "systemd"])
 
 
 @pytest.fixture
@@ -68,15 +72,18 @@ async def live(driver: OpenVpn) -> list[LiveSession]:
 
 
 def processes(rig: OpenVpnRig) -> dict[str, int]:
-    """The servers' processes by transport."""
+    """The servers' processes by transport, which their sockets are named after."""
+    sockets = {}
+    for line in rig.host.run("cat", "/proc/net/unix").splitlines():
+        fields = line.split()
+        if fields[-1].endswith(".sock"):
+            sockets[f"socket:[{fields[6]}]"] = Path(fields[7]).name.partition(".")[0]
     found = {}
     for pid in rig.host.pids():
-        try:
-            argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except FileNotFoundError:  # it ended while we looked
-            continue
-        if b"--management" in argv:
-            found[argv[argv.index(b"--config") + 1].decode().partition(".")[0]] = pid
+        with contextlib.suppress(FileNotFoundError):  # it ended while we looked
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                if transport := sockets.get(str(descriptor.readlink())):
+                    found[transport] = pid
     return found
 
 
@@ -179,6 +186,7 @@ async def test_what_passed_since_the_last_look_is_counted_when_a_session_is_ende
         await driver.remove([username])
 
 
+@whoever_starts
 async def test_a_lost_connection_is_made_anew_and_no_session_suffers(
     driver: OpenVpn, rig: OpenVpnRig, told: asyncio.Event
 ) -> None:
@@ -334,6 +342,7 @@ async def test_a_client_that_came_while_nobody_was_there_does_not_wait_for_long(
     await again.close()
 
 
+@whoever_starts
 async def test_a_process_that_dies_is_told_of_at_once_and_started_again(
     driver: OpenVpn, rig: OpenVpnRig, told: asyncio.Event
 ) -> None:
@@ -362,6 +371,7 @@ async def test_a_process_that_dies_is_told_of_at_once_and_started_again(
     assert (await live(driver))[0].id != session.id
 
 
+@whoever_starts
 async def test_a_new_port_that_is_taken_leaves_the_old_server_alone(driver: OpenVpn, rig: OpenVpnRig) -> None:
     old = rig.spec(port=1200)
     await driver.ensure(old)
@@ -383,6 +393,7 @@ async def test_a_new_port_that_is_taken_leaves_the_old_server_alone(driver: Open
     await connected(rig.client("alice"))
 
 
+@whoever_starts
 async def test_settings_that_openvpn_cannot_run_bring_the_old_ones_back(driver: OpenVpn, rig: OpenVpnRig) -> None:
     await driver.ensure(rig.spec())
     await driver.put([rig.credential("alice")])
@@ -400,6 +411,7 @@ async def test_settings_that_openvpn_cannot_run_bring_the_old_ones_back(driver: 
     assert processes(rig) == before
 
 
+@whoever_starts
 async def test_a_transport_that_is_not_wanted_ends_and_the_other_stays(driver: OpenVpn, rig: OpenVpnRig) -> None:
     await driver.ensure(rig.spec())
     before = processes(rig)
@@ -470,11 +482,36 @@ async def test_a_certificate_of_another_authority_is_asked_for_anew(driver: Open
 
 async def test_a_missing_program_is_named(rig: OpenVpnRig) -> None:
     directory = rig.directory / "openvpn"
-    driver = OpenVpn(directory, boot_id="b", admit=lambda _: None, notify=lambda: None, program="no-such-openvpn")
+    launcher = process.Detached(directory, program="no-such-openvpn")
+    driver = OpenVpn(directory, boot_id="b", admit=lambda _: None, notify=lambda: None, launcher=launcher)
     await rig.prepare(driver)
     with pytest.raises(Unsupported, match="no-such-openvpn is not installed"):
         await driver.ensure(rig.spec())
     await driver.close()
+
+
+async def test_systemd_that_does_not_listen_is_named(rig: OpenVpnRig, tmp_path: Path) -> None:
+    launcher = Units(rig.directory / "openvpn", tmp_path / "nowhere")
+    driver = OpenVpn(
+        rig.directory / "openvpn", boot_id="b", admit=lambda _: None, notify=lambda: None, launcher=launcher
+    )
+    await rig.prepare(driver)
+    with pytest.raises(DriverError, match=r"nowhere/.*systemctl start skynetvpn-openvpn.socket"):
+        await driver.ensure(rig.spec())
+    await driver.close()
+
+
+@whoever_starts
+async def test_a_configuration_with_a_fault_is_told_in_openvpns_words(rig: OpenVpnRig) -> None:
+    directory = rig.directory / "openvpn"
+    directory.mkdir(mode=0o700)
+    launcher = rig.launcher(directory) or process.Detached(directory)
+    filler = "".join(f"# {number} a file that is longer than what openvpn reads at once\n" for number in range(2000))
+    files.write_private(directory / "udp.0.conf", f"dev tun\nno-such-option 1\n{filler}".encode())
+    began = time.monotonic()
+    with pytest.raises(DriverError, match=r"Unrecognized option .*no-such-option"):
+        await launcher.start("udp.0")
+    assert time.monotonic() - began < 5
 
 
 async def test_secrets_are_in_private_files_only(driver: OpenVpn, rig: OpenVpnRig) -> None:
@@ -488,6 +525,7 @@ async def test_secrets_are_in_private_files_only(driver: OpenVpn, rig: OpenVpnRi
         assert rig.authority.tls_crypt.splitlines()[1] not in rig.host.run("cat", f"/proc/{pid}/cmdline")
 
 
+@whoever_starts
 async def test_stopping_leaves_no_file(driver: OpenVpn, rig: OpenVpnRig) -> None:
     await driver.ensure(rig.spec())
     began = time.monotonic()
@@ -495,8 +533,10 @@ async def test_stopping_leaves_no_file(driver: OpenVpn, rig: OpenVpnRig) -> None
     assert time.monotonic() - began < 10
     assert processes(rig) == {}
     assert list((rig.directory / "openvpn").iterdir()) == []
+    assert list(rig.directory.glob("run/*.sock")) == []
 
 
+@whoever_starts
 async def test_a_process_that_an_agent_left_half_started_is_ended(
     driver: OpenVpn, rig: OpenVpnRig, told: asyncio.Event
 ) -> None:
@@ -506,8 +546,8 @@ async def test_a_process_that_an_agent_left_half_started_is_ended(
     text = config.render(config.settings(spec, "udp", certificate.name, dual_stack=True))
     name = f"udp.{config.token(text)}"
     files.write_private(directory / f"{name}.conf", text.encode())
-    await process.start("openvpn", directory, f"{name}.conf", f"{name}.sock")
-    await until(lambda: asyncio.to_thread((directory / f"{name}.sock").exists))
+    launcher = rig.launcher(directory) or process.Detached(directory)
+    await (await launcher.start(name)).close()
     left = processes(rig)
 
     await driver.ensure(spec)
