@@ -24,7 +24,7 @@ from agent.serving import Outcome, Serving
 from shared.access import Credential
 from shared.desired import Kind
 from shared.resource import Protocol
-from shared.services import L2tpServer, OpenVpnServer, Server, SshServer
+from shared.services import TUN_PREFIX, L2tpServer, OpenVpnServer, Server, SshServer
 
 OpenDriver = Callable[[Protocol, Admit, Notify], ServiceDriver]
 
@@ -231,7 +231,7 @@ def tunnels_of(server: Server) -> Tunnels | None:
         case L2tpServer():
             return Tunnels(Protocol.L2TP, (server.ipv4_pool,), server.masquerade, server.isolate)
         case SshServer():
-            return Tunnels(Protocol.SSH, (server.ipv4_pool,)) if server.tun else None
+            return Tunnels(Protocol.SSH, (server.ipv4_pool,), devices=TUN_PREFIX) if server.tun else None
 
 
 async def _nobody_waits(_serving: Serving, _outcome: Outcome) -> None:

@@ -367,6 +367,7 @@ def same(one: Credential, other: Credential) -> bool:
     """Whether a host that lets in the one lets in the other; limits and leases are the agent's own."""
     return one is other or (
         one.secret == other.secret
+        and one.tunnel == other.tunnel
         and one.fingerprint == other.fingerprint
         and (one.public_keys == other.public_keys or sorted(one.public_keys) == sorted(other.public_keys))
     )

@@ -24,6 +24,7 @@ SSH_KEY_TYPES = (
 FINGERPRINT_BYTES = 32
 MAX_SECRET = 255  # bytes; pppd's and crypt(3)'s
 MAX_PUBLIC_KEYS = 16
+MAX_TUNNEL = 9_999_999
 MAX_BYTES = 2**63 - 1
 _SSH_KEY = re.compile(r"([a-z0-9@.-]+) ([A-Za-z0-9+/]{40,12000}={0,2})")
 _CRYPT = re.compile(r"\$[a-z0-9]{1,8}\$[./A-Za-z0-9$=,]{1,250}")  # crypt(5)
@@ -57,6 +58,7 @@ class Credential(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     secret: str = ""  # ssh, openvpn: a crypt(5) hash; l2tp: the password, which CHAP needs; "" = no password fits
     public_keys: tuple[str, ...] = ()  # ssh: bare `type base64`, no options, no comment
     fingerprint: bytes = b""  # openvpn: SHA-256 of the DER of the only client certificate it takes; b"" = by password
+    tunnel: int = 0  # ssh: a number that no other login of the fleet has, for its tun device; 0 = it can have none
     not_after: int | None = None  # lease: Unix seconds; the node lets nobody in then, and ends who is
     limits: Limits = NO_LIMITS
 
@@ -75,7 +77,7 @@ class Credential(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         _CHECKS[self.protocol](self)
 
     def digest(self) -> int:
-        """The hash of what a host shows of it; limits and leases are the agent's own."""
+        """The hash of what every version's host shows of it; limits and leases are the agent's own."""
         return resource_hash(
             Kind.CREDENTIAL, self.protocol, self.username, self.secret, sorted(self.public_keys), self.fingerprint
         )
@@ -154,6 +156,8 @@ def _check_ssh(credential: Credential) -> None:
         _check_ssh_key(key)
     if not credential.secret and not credential.public_keys:
         raise InvalidResource("an SSH login needs a password or a public key")
+    if not 0 <= credential.tunnel <= MAX_TUNNEL:
+        raise InvalidResource(f"the number of a tunnel is not between 0 and {MAX_TUNNEL}")
 
 
 def _check_openvpn(credential: Credential) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import IPv4Address, IPv4Network, ip_network
+from typing import NamedTuple
 
 import msgspec
 
-from shared.access import check_chap_secret
+from shared.access import MAX_TUNNEL, check_chap_secret
 from shared.addresses import InvalidAddress, check_name_server
 from shared.resource import InvalidResource, Kind, Protocol, check_port, resource_hash
 
 L2TP_PORT = 1701  # RFC 2661; no client asks for another
+# sshd opens the device `tunN` that its client asks for: ours are far from the numbers that others begin with.
+_TUN_NUMBERS = 1_900_000_000
+TUN_PREFIX = f"tun{_TUN_NUMBERS // (MAX_TUNNEL + 1)}"  # what the names of all of them begin with
 
 
 class OpenVpnServer(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +58,18 @@ class OpenVpnServer(msgspec.Struct, frozen=True, kw_only=True):
         return f"OpenVpnServer(port={self.port}, transports={self.transports})"
 
 
+class SshTunnel(NamedTuple):
+    """A login's tun device on the node, and the addresses at its ends; those of the server's ends are all the same."""
+
+    number: int  # N of its name tunN, and of the client's `ssh -w any:N`
+    server: IPv4Address
+    client: IPv4Address
+
+    @property
+    def device(self) -> str:
+        return f"tun{self.number}"
+
+
 class SshServer(msgspec.Struct, frozen=True, kw_only=True):
     """A second sshd, for tunnels only. Its host keys are not here: the node made them."""
 
@@ -70,16 +86,33 @@ class SshServer(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         check_port(self.port)
-        if self.tun:
-            raise InvalidResource("tun devices by SSH are not served: clients connect by TCP forwarding")
-        if not self.tcp_forwarding:
-            raise InvalidResource("an SSH server for tunnels forwards TCP: without tcp_forwarding it would do nothing")
+        if not self.tcp_forwarding and not self.tun:
+            raise InvalidResource(
+                "an SSH server for tunnels forwards TCP or has tun devices: without tcp_forwarding and tun it would do "
+                "nothing"
+            )
         _check_pool(self.ipv4_pool, 4, 28)
         _check_dns(self.dns)
         _check_range("keepalive", self.keepalive, 1, 3600)
 
     def digest(self) -> int:
         return resource_hash(Kind.SSH_SERVER, msgspec.to_builtins(self))
+
+    def tunnel(self, number: int) -> SshTunnel | None:
+        """That of the login with this number; None where it has none: tun is off, or the pool is too small."""
+        if not self.tun or not 0 < number <= self.most_tunnels():
+            return None
+        pool = IPv4Network(self.ipv4_pool)
+        return SshTunnel(_TUN_NUMBERS + number, server=pool[1], client=pool[number + 1])
+
+    def tunnel_of(self, device: str) -> SshTunnel | None:
+        """That of the device with this name."""
+        number = device.removeprefix("tun")
+        return self.tunnel(int(number) - _TUN_NUMBERS) if number.isdecimal() else None
+
+    def most_tunnels(self) -> int:
+        """The largest number that the pool has an address for."""
+        return min(IPv4Network(self.ipv4_pool).num_addresses - 3, MAX_TUNNEL)
 
 
 class L2tpServer(msgspec.Struct, frozen=True, kw_only=True):

@@ -198,6 +198,7 @@ class Tunnels:
     networks: tuple[str, ...]  # 10.70.0.0/17
     masquerade: bool = True
     isolate: bool = True
+    devices: str = ""  # what the names of the clients' devices begin with, where no program checks what comes from them
 
 
 class FirewallDriver(Protocol):

@@ -58,13 +58,19 @@ def _chain(name: str, hook: str, rules: Iterable[Iterable[str]]) -> str:
 
 def _spoofing(interface: Interface) -> Iterator[str]:
     """A client's address comes out of the tunnel, and nothing else does."""
-    networks = _networks(interface)
+    own = _networks(interface)
+    yield from _only_own(f'iifname "{interface.name}"', own)
+    for keyword, networks in own.items():
+        yield f'iifname != {{ "lo", "{interface.name}" }} {keyword} saddr {networks} drop'
+
+
+def _only_own(device: str, own: dict[str, str]) -> Iterator[str]:
     for keyword, protocol in (("ip", "ipv4"), ("ip6", "ipv6")):
-        if keyword in networks:
-            yield f'iifname "{interface.name}" {keyword} saddr != {networks[keyword]} drop'
-            yield f'iifname != {{ "lo", "{interface.name}" }} {keyword} saddr {networks[keyword]} drop'
-        else:
-            yield f'iifname "{interface.name}" meta nfproto {protocol} drop'
+        yield (
+            f"{device} {keyword} saddr != {own[keyword]} drop"
+            if keyword in own
+            else f"{device} meta nfproto {protocol} drop"
+        )
 
 
 def _forward(interface: Interface, tunnels: Sequence[str]) -> Iterator[str]:
@@ -88,7 +94,10 @@ def _nat(interface: Interface, tunnels: Sequence[str]) -> Iterator[str]:
 
 def _pool_spoofing(tunnels: Tunnels) -> Iterator[str]:
     """An address of the pool comes from where packets to it would go, and from nowhere else."""
-    for keyword, networks in _by_keyword(_pool(tunnels)).items():
+    own = _by_keyword(_pool(tunnels))
+    if tunnels.devices:
+        yield from _only_own(f'iifname "{tunnels.devices}*"', own)
+    for keyword, networks in own.items():
         yield f'{keyword} saddr {networks} iifname != "lo" fib saddr . iif oif missing drop'
 
 

@@ -37,6 +37,8 @@ def client_config(node: directory.Server, server: Server, login: Login) -> Clien
                 host_keys=node.ssh_host_keys,
                 tcp_forwarding=server.tcp_forwarding,
                 tun=server.tun,
+                tunnel=server.tunnel(login.tunnel),
+                dns=tuple(address for address in server.dns if ":" not in address),  # the tunnel is of IPv4
                 keepalive=server.keepalive,
             )
         case L2tpServer():

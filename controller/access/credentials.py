@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -18,6 +19,8 @@ from controller.store.types import new_id, now
 from shared.access import Credential
 from shared.desired import Kind
 from shared.resource import Protocol
+
+_TRIES = 32
 
 
 async def of_account(session: AsyncSession, user_id: str) -> list[CredentialRow]:
@@ -42,6 +45,7 @@ async def of_connection(session: AsyncSession, secrets: SecretBox, connection_id
         password=_open(secrets, row, "sealed_password"),
         private_key=_open(secrets, row, "sealed_private_key"),
         tls_crypt=_open(secrets, row, "sealed_tls_crypt"),
+        tunnel=row.tunnel or 0,
     )
 
 
@@ -77,6 +81,10 @@ def secret_of(tx: Transaction, row: CredentialRow) -> str:
 
 async def put(tx: Transaction, rows: Iterable[CredentialRow], standing: Standing) -> dict[str, int]:
     """Let the nodes have them; return the revision of each scope."""
+    rows = list(rows)
+    for row in rows:
+        if row.protocol == Protocol.SSH and row.tunnel is None:
+            row.tunnel = await _free_tunnel(tx.session)
     await tx.session.flush()
     return {
         scope: await desired.put(tx, scope, [_payload(tx, row, standing) for row in found])
@@ -113,6 +121,15 @@ async def end_connections(tx: Transaction, connection_ids: Sequence[str]) -> dic
     return await delete(tx, rows.all())
 
 
+async def _free_tunnel(session: AsyncSession) -> int:
+    """A number that no login has: a gap where some tries find one, else the next. Two look-ups, however many there are,
+    and numbers that stay about as small as the logins are many."""
+    largest = await session.scalar(sa.select(sa.func.max(CredentialRow.tunnel))) or 0
+    tries = random.sample(range(1, largest + 1), min(largest, _TRIES))
+    taken = await session.scalars(sa.select(CredentialRow.tunnel).where(CredentialRow.tunnel.in_(tries)))
+    return min(set(tries).difference(taken), default=largest + 1)
+
+
 def _payload(tx: Transaction, row: CredentialRow, standing: Standing) -> Credential:
     return Credential(
         protocol=Protocol(row.protocol),
@@ -122,6 +139,7 @@ def _payload(tx: Transaction, row: CredentialRow, standing: Standing) -> Credent
         secret=secret_of(tx, row),
         public_keys=tuple(row.public_keys.splitlines()),
         fingerprint=row.fingerprint,
+        tunnel=row.tunnel or 0,
         not_after=standing.not_after,
         limits=standing.limits,
     )

@@ -28,6 +28,7 @@ class Login:
     password: str = ""
     private_key: str = ""  # PEM
     tls_crypt: str = ""  # PEM
+    tunnel: int = 0  # the number of the tun device
 
     def __repr__(self) -> str:
         return f"Login({self.protocol}/{self.username})"

@@ -13,15 +13,16 @@ import socket
 import subprocess
 import threading
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import msgspec
+import pytest
 
-from agent.drivers.base import Admit, Notify, ServiceDriver
+from agent.drivers.base import Admit, LiveSession, Notify, ServiceDriver
 from agent.drivers.ssh import Ssh
 from shared import crypt
 from shared.access import Credential
@@ -162,13 +163,14 @@ def text_of(*names: str) -> str:
     return "".join(Path("/etc", name).read_text() for name in names)
 
 
-def alice(name: str = "alice", *, keys: tuple[str, ...] = (), password: bool = True) -> Credential:
+def alice(name: str = "alice", *, keys: tuple[str, ...] = (), password: bool = True, tunnel: int = 0) -> Credential:
     return Credential(
         protocol=Protocol.SSH,
         username=name,
         account=1,
         secret=_hash() if password else "",
         public_keys=keys,
+        tunnel=tunnel,
     )
 
 
@@ -185,6 +187,25 @@ async def eventually(condition: Callable[[], Awaitable[object]], timeout: float 
     async with asyncio.timeout(timeout):
         while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+
+async def begun(driver: Ssh, count: int = 1) -> list[LiveSession]:
+    """The sessions, once there are so many."""
+    found: list[LiveSession] = []
+
+    async def enough() -> bool:
+        nonlocal found
+        found = [session for session in await driver.sessions() if not session.ended]
+        return len(found) == count
+
+    await eventually(enough)
+    return found
+
+
+def new_key(directory: Path) -> tuple[Path, str]:
+    path = directory / "id"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
+    return path, " ".join(path.with_suffix(".pub").read_text().split()[:2])
 
 
 @contextlib.contextmanager
@@ -247,12 +268,10 @@ def name_server(namespace: Namespace, address: str) -> Iterator[None]:
         opened.close()
 
 
-def connect(namespace: Namespace, port: int, host: str = "127.0.0.1") -> socket.socket:
+def connect(namespace: Namespace, port: int, host: str = "127.0.0.1", *, timeout: float = 10) -> socket.socket:
     """A connection from inside this namespace."""
     with namespace.entered():
-        opened = socket.create_connection((host, port), timeout=10)
-    opened.settimeout(10)
-    return opened
+        return socket.create_connection((host, port), timeout=timeout)
 
 
 @contextlib.contextmanager
@@ -268,6 +287,23 @@ def network(directory: Path) -> Iterator[Net]:
         node.connect(far, f"{NODE_INSIDE}/24", f"{FAR}/24")
         with node.entered(), echo_server(far, FAR, ECHO_PORT):
             yield Net(node, client, far, directory)
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Iterator[Net]:
+    with network(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def driver(net: Net) -> AsyncIterator[Ssh]:
+    """Serving, with one login: alice."""
+    made = net.driver()
+    await made.ensure(SPEC)
+    assert await made.put([alice()]) == {}
+    yield made
+    for opened in net.opened:
+        await opened.close()
 
 
 class Client:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_interface
 
@@ -33,8 +35,9 @@ _IFINFOMSG = struct.Struct("=BxHiII")  # family, type, index, flags, change
 _IFADDRMSG = struct.Struct("=BBBBi")  # family, prefix length, flags, scope, index
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst length, src length, tos, table, protocol, scope, type, flags
 _IFF_UP = 1
-_IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_IFALIAS = 3, 4, 18, 20
-_IFLA_INFO_KIND = 1
+_IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_GROUP = 3, 4, 18, 20, 27
+_IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
+_IFLA_TUN_OWNER = 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
 _RT_TABLE_MAIN = 254
@@ -42,6 +45,7 @@ _RT_SCOPE_UNIVERSE, _RT_SCOPE_LINK = 0, 253
 _RTN_UNICAST = 1
 # Marks the routes that we made (rtm_protocol), so that they are found again and nobody else's are touched.
 _OUR_ROUTES = 117
+_DOOMED = 1_900_000_000  # the group of links that are about to be deleted
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class Link:
     mtu: int
     up: bool
     alias: str
+    owner: int | None = None  # uid of the only user who may open a tun device beside root
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,13 @@ class Rtnl:
             return None
         return parse_link(answer)
 
+    async def links(self, kind: str) -> list[Link]:
+        """All of one kind."""
+        # Kernels that know the kind list nothing else.
+        payload = _ifinfo() + nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, kind))
+        found = await self._channel.dump(f"list the {kind} interfaces", _RTM_GETLINK, payload)
+        return [link for link in map(parse_link, found) if link.kind == kind]
+
     async def create_link(self, name: str, kind: str, alias: str) -> None:
         # The alias comes second: not every kernel takes it at creation.
         info = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, kind))
@@ -111,14 +123,25 @@ class Rtnl:
         except DeviceMissing:
             return
 
+    async def delete_links(self, links: Collection[Link]) -> None:
+        """Delete many as one: the kernel waits once until nobody uses any of them, and not once for each."""
+        doomed = u32(_IFLA_GROUP, _DOOMED)
+        with contextlib.suppress(DeviceMissing):
+            for link in links:
+                with contextlib.suppress(DeviceMissing):
+                    await self._channel.request(f"mark {link.name}", _RTM_NEWLINK, _ifinfo(link.index) + doomed)
+            if links:
+                await self._channel.request("delete marked interfaces", _RTM_DELLINK, _ifinfo() + doomed)
+
     async def addresses(self, link: Link) -> list[str]:
         """The interface's addresses as address/prefix, without link-local ones."""
         found = await self._channel.dump(f"list the addresses of {link.name}", _RTM_GETADDR, bytes(_IFADDRMSG.size))
         parsed = [parse_address(payload) for payload in found]
         return [address for index, address in parsed if index == link.index and not _is_link_local(address)]
 
-    async def add_address(self, link: Link, address: str) -> None:
-        await self._change_address(f"add {address} to {link.name}", _RTM_NEWADDR, link, address, NLM_F_CREATE)
+    async def add_address(self, link: Link, address: str, peer: Address | None = None) -> None:
+        """`peer` is the address of the other end, where that is in no network of this one."""
+        await self._change_address(f"add {address} to {link.name}", _RTM_NEWADDR, link, address, NLM_F_CREATE, peer)
 
     async def delete_address(self, link: Link, address: str) -> None:
         try:
@@ -155,13 +178,15 @@ class Rtnl:
         found = await self._channel.dump("list the routes", _RTM_GETROUTE, bytes(_RTMSG.size))
         return [route for route in map(parse_our_route, found) if route is not None]
 
-    async def _change_address(self, what: str, type_: int, link: Link, address: str, flags: int) -> None:
+    async def _change_address(
+        self, what: str, type_: int, link: Link, address: str, flags: int, peer: Address | None = None
+    ) -> None:
         interface = ip_interface(address)
         packed = interface.ip.packed
         payload = (
             _IFADDRMSG.pack(_family(interface.version), interface.network.prefixlen, 0, 0, link.index)
             + attribute(_IFA_LOCAL, packed)
-            + attribute(_IFA_ADDRESS, packed)
+            + attribute(_IFA_ADDRESS, peer.packed if peer is not None else packed)
         )
         await self._channel.request(what, type_, payload, flags)
 
@@ -171,13 +196,16 @@ def parse_link(payload: bytes) -> Link:
     _family, _type, index, flags, _change = _IFINFOMSG.unpack_from(payload)
     values = dict(attributes(memoryview(payload)[_IFINFOMSG.size :]))
     info = dict(attributes(values.get(_IFLA_LINKINFO, memoryview(b""))))
+    kind = read_text(info.get(_IFLA_INFO_KIND, memoryview(b"")))
+    data = dict(attributes(info[_IFLA_INFO_DATA])) if kind == "tun" and _IFLA_INFO_DATA in info else {}
     return Link(
         index=index,
         name=read_text(values[_IFLA_IFNAME]),
-        kind=read_text(info.get(_IFLA_INFO_KIND, memoryview(b""))),
+        kind=kind,
         mtu=read_u32(values[_IFLA_MTU]),
         up=bool(flags & _IFF_UP),
         alias=read_text(values.get(_IFLA_IFALIAS, memoryview(b""))),
+        owner=read_u32(data[_IFLA_TUN_OWNER]) if _IFLA_TUN_OWNER in data else None,
     )
 
 

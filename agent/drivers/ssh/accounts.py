@@ -56,8 +56,8 @@ class Accounts:
         await self.prepare()
         return await asyncio.to_thread(_translated, lambda: self._put(credentials))
 
-    async def remove(self, names: Sequence[str]) -> dict[str, int]:
-        """Delete those that are ours; return the uids they had."""
+    async def remove(self, names: Sequence[str]) -> dict[str, Login]:
+        """Delete those that are ours; return what they were."""
         return await asyncio.to_thread(_translated, lambda: self._remove(names))
 
     async def remove_all(self) -> None:
@@ -99,6 +99,7 @@ class Accounts:
                 account=0,
                 secret=login.secret,
                 public_keys=keys.get(name, ()),
+                tunnel=login.tunnel,
             )
             for name, login in self._known().ours.items()
         }
@@ -143,10 +144,10 @@ class Accounts:
                 raise DriverError(f"{_ETC}/passwd and shadow do not say what was written there")
         return refused
 
-    def _remove(self, names: Sequence[str]) -> dict[str, int]:
+    def _remove(self, names: Sequence[str]) -> dict[str, Login]:
         with self._locked():
             ours = self._known().ours
-            gone = {name: ours[name].uid for name in names if name in ours}
+            gone = {name: ours[name] for name in names if name in ours}
             self._exchange("passwd", dict.fromkeys(gone, None))
             self._exchange("shadow", dict.fromkeys(gone, None))
             for name in gone:
@@ -207,10 +208,10 @@ class Accounts:
 
 def _login(credential: Credential, before: Login | None, taken: set[int]) -> Login:
     last_day = None if credential.not_after is None else max(0, credential.not_after // _DAY)
-    if before is not None:
-        changed = before.changed if before.secret == credential.secret and before.changed else _today()
-        return Login(credential.username, before.uid, credential.secret, changed, last_day)
-    return Login(credential.username, _free_uid(taken), credential.secret, _today(), last_day)
+    uid, changed = (before.uid, before.changed) if before is not None else (_free_uid(taken), 0)
+    if before is None or before.secret != credential.secret or not changed:
+        changed = _today()
+    return Login(credential.username, uid, credential.secret, changed, last_day, credential.tunnel)
 
 
 def _free_uid(taken: set[int]) -> int:

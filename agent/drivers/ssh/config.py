@@ -71,7 +71,7 @@ def render(spec: SshServer, *, group: str, host_keys: Iterable[Path], key_direct
         "AllowStreamLocalForwarding no",
         "AllowAgentForwarding no",
         "X11Forwarding no",
-        "PermitTunnel no",
+        f"PermitTunnel {'point-to-point' if spec.tun else 'no'}",
         # how
         "ClientAliveInterval " + str(spec.keepalive),
         f"ClientAliveCountMax {MISSED_KEEPALIVES}",

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 import structlog
 
-from agent.drivers.base import Admit, DriverError, LiveSession, Notify, Unsupported
+from agent.drivers.base import Admit, DriverError, LiveSession, Notify
 from agent.drivers.ssh import config, processes
 from agent.drivers.ssh.accounts import Accounts
 from agent.drivers.ssh.counters import Counters
-from agent.drivers.ssh.passwd import GROUP
+from agent.drivers.ssh.passwd import GROUP, Login
 from agent.drivers.ssh.rules import Client
 from agent.drivers.ssh.sessions import Sessions
 from agent.drivers.ssh.sshd import Sshd
+from agent.drivers.ssh.tuns import Tun, Tuns
 from shared.access import Credential
 from shared.resource import Protocol
 from shared.services import Server, SshServer
@@ -39,6 +40,8 @@ class Ssh:
         self._notify = notify
         self._accounts = Accounts()
         self._counters = Counters()
+        self._tuns = Tuns()
+        self._spec: SshServer | None = None
         self._sessions = Sessions(directory / "sessions.json", self._sshd.log, boot_id, notify)
         self._watcher: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
@@ -54,10 +57,10 @@ class Ssh:
     async def ensure(self, spec: Server) -> None:
         if not isinstance(spec, SshServer):
             raise DriverError(f"{type(spec).__name__} is not for sshd")
-        if spec.tun:
-            raise Unsupported("tun devices over SSH are not offered here: turn `tun` off, and TCP forwarding on")
+        self._spec = spec
         await self._accounts.prepare()
         await self._counters.ensure(spec.port)
+        await self._tuns.bring((await self._tuns_of(None)).values())
         await self._sshd.ensure(spec, group=GROUP, key_directory=self._accounts.key_directory)
         if self._watcher is None:
             await self._adopt()
@@ -72,6 +75,8 @@ class Ssh:
         await self._accounts.remove_all()
         await self._take(await asyncio.to_thread(processes.all_sessions))
         await self._sessions.end(self._sessions.names(), "the server was stopped")
+        await self._tuns.bring(())
+        self._spec = None
         self._sessions.count(await self._counters.read())
         await self._counters.remove()
         await asyncio.to_thread(self._sessions.file.unlink, missing_ok=True)
@@ -82,6 +87,7 @@ class Ssh:
             await self._save()
         self._sessions.close()
         self._counters.close()
+        self._tuns.close()
 
     # --- logins ---
 
@@ -89,17 +95,34 @@ class Ssh:
         return await self._accounts.read()
 
     async def put(self, credentials: Sequence[Credential]) -> dict[str, str]:
-        return await self._accounts.put(credentials)
+        refused = await self._accounts.put(credentials)
+        tuns = await self._tuns_of({each.username for each in credentials} - refused.keys())
+        return refused | _beyond(self._spec, credentials) | await self._tuns.put(tuns)
 
     async def remove(self, usernames: Sequence[str]) -> dict[str, str]:
         gone = await self._accounts.remove(usernames)
-        await self._throw_out(gone)
+        await self._throw_out({name: login.uid for name, login in gone.items()})
+        await self._tuns.remove([tun for login in gone.values() if (tun := self._tun(login)) is not None])
         return {}
+
+    async def _tuns_of(self, names: Set[str] | None) -> dict[str, Tun]:
+        """By user name, those that these logins (None = all) must have."""
+        if self._spec is None or not self._spec.tun:
+            return {}
+        logins = (await self._accounts.logins()).items()
+        found = {name: self._tun(login) for name, login in logins if names is None or name in names}
+        return {name: tun for name, tun in found.items() if tun is not None}
+
+    def _tun(self, login: Login) -> Tun | None:
+        tunnel = self._spec.tunnel(login.tunnel) if self._spec is not None else None
+        return Tun(tunnel, login.uid) if tunnel is not None else None
 
     # --- sessions ---
 
     async def sessions(self) -> list[LiveSession]:
         await self._look()
+        if self._spec is not None and self._spec.tun:
+            self._sessions.locate(await asyncio.to_thread(_addresses, self._spec, self._sessions.without_address()))
         ended = self._sessions.ended  # before the counters are read: these have no packet that comes later
         counts = await self._counters.read()
         self._sessions.count(counts)
@@ -216,3 +239,23 @@ class Ssh:
                 await self._counters.forget(clients)
             except DriverError as error:  # what is left are counters of nobody, which expire by themselves
                 log.warning("ssh counters cannot be taken away", error=str(error))
+
+
+def _beyond(spec: SshServer | None, credentials: Iterable[Credential]) -> dict[str, str]:
+    """Why some logins have no tun device; all else they can do."""
+    if spec is None or not spec.tun:
+        return {}
+    most = spec.most_tunnels()
+    return {
+        each.username: f"it has no tun device: {spec.ipv4_pool} has addresses for {most}, and its number is "
+        f"{each.tunnel}; give protocols.ssh.ipv4_pool a wider network"
+        for each in credentials
+        if each.tunnel > most
+    }
+
+
+def _addresses(spec: SshServer, processes_: Mapping[str, int]) -> dict[str, str]:
+    """Where the clients are whose session's process has a tun device open. Blocks: reads /proc."""
+    devices = {id_: processes.tun_of(pid) for id_, pid in processes_.items()}
+    tunnels = {id_: spec.tunnel_of(device) for id_, device in devices.items() if device is not None}
+    return {id_: str(tunnel.client) for id_, tunnel in tunnels.items() if tunnel is not None}

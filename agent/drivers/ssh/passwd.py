@@ -1,6 +1,7 @@
 """Our lines in the texts of /etc/passwd and /etc/shadow (passwd(5), shadow(5)); pure.
 
 Ours are those with a uid of our range, our group, and our mark: all three. Every other line is kept byte by byte.
+Behind the mark is the number of the login's tun device, so that the device can be made anew by what the host knows.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Login:
     secret: str
     changed: int = 0  # day since 1970 on which the password was set; sshd wants it to be other than 0
     last_day: int | None = None  # day since 1970, the last on which it may log in
+    tunnel: int = 0  # the number of its tun device
 
     def __repr__(self) -> str:
         return f"Login({self.name!r}, uid={self.uid})"
@@ -73,7 +75,8 @@ def replace(text: str, lines: Mapping[str, str | None]) -> str:
 
 
 def passwd_line(login: Login) -> str:
-    return f"{login.name}:x:{login.uid}:{GID}:{_MARK}:/nonexistent:{NOLOGIN}"
+    mark = f"{_MARK},{login.tunnel}" if login.tunnel else _MARK
+    return f"{login.name}:x:{login.uid}:{GID}:{mark}:/nonexistent:{NOLOGIN}"
 
 
 def shadow_line(login: Login) -> str:
@@ -88,15 +91,17 @@ def _lines(text: str) -> Iterator[list[str]]:
 def _is_ours(fields: list[str]) -> bool:
     if len(fields) != 7 or not fields[2].isdecimal():
         return False
-    return int(fields[2]) in UIDS and fields[3] == str(GID) and fields[4] == _MARK
+    return int(fields[2]) in UIDS and fields[3] == str(GID) and fields[4].partition(",")[0] == _MARK
 
 
 def _login(fields: list[str], shadow: list[str]) -> Login:
     shadow = [*shadow, *[""] * (9 - len(shadow))]
+    tunnel = fields[4].partition(",")[2]
     return Login(
         name=fields[0],
         uid=int(fields[2]),
         secret="" if shadow[1] == _NO_PASSWORD else shadow[1],
         changed=int(shadow[2]) if shadow[2].isdecimal() else 0,
         last_day=int(shadow[7]) if shadow[7].isdecimal() else None,
+        tunnel=int(tunnel) if tunnel.isdecimal() else 0,
     )

@@ -153,6 +153,20 @@ def is_of_another(found: Found, config: Path) -> bool:
     return "[listener]" in _title(listener) and not is_listener(listener, config)
 
 
+def tun_of(pid: int) -> str | None:
+    """The name of the tun device that the process has open."""
+    try:
+        for path in (_PROC / f"{pid}/fd").iterdir():
+            if str(path.readlink()) == "/dev/net/tun":
+                fields = dict(
+                    line.split(":", 1) for line in _read(f"{pid}/fdinfo/{path.name}").split("\n") if ":" in line
+                )
+                return fields.get("iff", "").strip() or None
+    except OSError:
+        return None  # it has just ended
+    return None
+
+
 def _found(pid: int, parent: int | None) -> Found | None:
     process = hold(pid)
     if process is None:

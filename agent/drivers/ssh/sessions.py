@@ -42,6 +42,7 @@ class Record(msgspec.Struct, kw_only=True):
     seen: tuple[int, int] = (0, 0)  # the counters that rx and tx were brought up to date by
     ended: int = 0
     reason: str = ""
+    address: str = ""  # of its tun device
     counted: bool = False  # to its end
 
     @property
@@ -59,7 +60,7 @@ class Record(msgspec.Struct, kw_only=True):
             id=self.id,
             username=self.username,
             remote=str(self.client),
-            address="",
+            address=self.address,
             since=self.since,
             rx=self.rx,
             tx=self.tx,
@@ -115,6 +116,16 @@ class Sessions:
     def names(self) -> dict[str, str]:
         """User names by session id."""
         return {id_: each.record.username for id_, each in self._live.items()}
+
+    def without_address(self) -> dict[str, int]:
+        """The processes, by session id, of those that have no address inside (yet)."""
+        return {id_: each.found.process.pid for id_, each in self._live.items() if not each.record.address}
+
+    def locate(self, addresses: Mapping[str, str]) -> None:
+        """Note the addresses inside, by session id."""
+        for id_, address in addresses.items():
+            if id_ in self._live:
+                self._live[id_].record.address, self.dirty = address, True
 
     async def load(self) -> None:
         """Take up what an earlier agent knew: call `add` with all that live, then `settle`."""

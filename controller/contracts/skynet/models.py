@@ -107,6 +107,13 @@ class OpenVpnFile(Model):
     tls_crypt_v2: str
 
 
+class SshTunnel(Model):
+    number: Annotated[int, Field(description="What `ssh -w any:N` asks for; the server has it for this login alone")]
+    address: Annotated[str, Field(description="Of the client's end")]
+    server_address: str
+    dns: list[str]
+
+
 class SshFile(Model):
     protocol: Literal["ssh"]
     host: str
@@ -116,6 +123,9 @@ class SshFile(Model):
     host_keys: Annotated[list[str], Field(description="`type base64`, as in known_hosts")]
     tcp_forwarding: bool
     tun: bool
+    tunnel: Annotated[
+        SshTunnel | None, Field(description="Where `tun` is true, unless the network has no address left")
+    ]
 
 
 class L2tpFile(Model):

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ import pytest
 from agent.client.profile import Profile
 from agent.drivers.ssh import Ssh
 from tests.support.netns import wait_until
-from tests.support.openssh import ECHO_PORT, FAR, NODE, PASSWORD, PORT, SPEC, Net, alice, connect, network
+from tests.support.openssh import ECHO_PORT, FAR, NODE, PASSWORD, PORT, Net, connect
+from tests.support.openssh import driver as driver
+from tests.support.openssh import net as net
 
 from .conftest import (
     Cli,
@@ -29,22 +30,6 @@ from .conftest import (
 )
 
 PROXY = "127.0.0.1:1080"
-
-
-@pytest.fixture
-def net(tmp_path: Path) -> Iterator[Net]:
-    with network(tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-async def driver(net: Net) -> AsyncIterator[Ssh]:
-    """Serving, with one login: alice."""
-    made = net.driver()
-    await made.ensure(SPEC)
-    assert await made.put([alice()]) == {}
-    yield made
-    await made.close()
 
 
 def through_proxy(net: Net) -> bytes:

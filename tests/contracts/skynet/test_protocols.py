@@ -114,6 +114,7 @@ async def test_the_config_of_ssh(alice: Api, world: World) -> None:
         "host_keys": [HOST_KEY],
         "tcp_forwarding": True,
         "tun": False,
+        "tunnel": None,
     }
     conf = await config(alice, connection_id, "conf")
     assert (conf.status, conf.headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
@@ -122,6 +123,23 @@ async def test_the_config_of_ssh(alice: Api, world: World) -> None:
     assert f"# Password: {told['password']}\n" in text
     assert f"#   [198.51.100.10]:2222 {HOST_KEY}\n" in text
     assert "Host skynetvpn-all-1\n    HostName 198.51.100.10\n    Port 2222\n" in text
+
+
+async def test_the_config_of_ssh_where_the_server_has_tun_devices(alice: Api, world: World) -> None:
+    for _ in range(2):
+        connection_id = await start(alice, world, "ssh")
+    await world.protocols.configure("ssh", settings={"tcp_forwarding": False, "tun": True})
+    told = (await config(alice, connection_id, "json")).body
+    assert (told["tcp_forwarding"], told["tun"]) == (False, True)
+    assert told["tunnel"] == {
+        "number": 1_900_000_002,
+        "address": "10.68.0.3",
+        "server_address": "10.68.0.1",
+        "dns": ["9.9.9.9"],
+    }
+    text = (await config(alice, connection_id, "conf")).raw.decode()
+    assert "    TunnelDevice 1900000002:1900000002\n    Tunnel point-to-point\n" in text
+    assert "# $ ip address add 10.68.0.3 peer 10.68.0.1 dev tun1900000002\n" in text
 
 
 async def test_the_config_of_l2tp(alice: Api, world: World) -> None:

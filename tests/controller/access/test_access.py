@@ -283,3 +283,30 @@ async def test_a_machine_that_cannot_hash_says_so(world: Any, monkeypatch: pytes
     with pytest.raises(PasswordHashUnavailable, match=r"libcrypt\.so\.1 is not here"):
         await world.access.prepare(PASSWORD)
     await world.access.prepare(PASSWORD, ["l2tp"])  # needs none
+
+
+async def test_ssh_logins_have_a_number_each_and_gaps_are_used_again(world: Any) -> None:
+    users = [await world.user(f"user{number}") for number in range(5)]
+    for user in users:
+        await world.grant(user, "ssh", "openvpn")
+    wanted = await world.wanted()
+    assert sorted(each.tunnel for key, each in wanted.items() if key.startswith("ssh/")) == [1, 2, 3, 4, 5]
+    assert {each.tunnel for key, each in wanted.items() if key.startswith("openvpn/")} == {0}
+    gone = wanted["ssh/user2"].tunnel
+    await world.grant(users[2], "openvpn", password=None)
+    await world.grant(users[0], "openvpn", "ssh", password="another password")
+    await world.grant(await world.user("late"), "ssh")
+    after = await world.wanted()
+    assert after["ssh/late"].tunnel == gone
+    assert after["ssh/user0"].tunnel == wanted["ssh/user0"].tunnel
+
+
+async def test_a_login_of_the_version_before_gets_its_number_when_nodes_are_told_again(world: Any) -> None:
+    user = await world.user()
+    await world.grant(user, "ssh")
+    async with world.database.transaction() as tx:
+        await tx.session.execute(sa.update(CredentialRow).values(tunnel=None))
+    await world.refresh(user)
+    assert (await world.wanted())["ssh/alice"].tunnel == 1
+    async with world.database.read() as session:
+        assert await session.scalar(sa.select(CredentialRow.tunnel)) == 1

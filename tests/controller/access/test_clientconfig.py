@@ -23,7 +23,9 @@ from controller.fleet.certificates import Issuer
 from controller.fleet.nodes import is_host
 from controller.fleet.vpnkeys import VpnKeys
 from controller.store.types import now
+from shared.addresses import InvalidAddress
 from shared.resource import InvalidResource
+from shared.services import SshServer
 
 NASTY = "\n\r\0\x85\u2028\u2029\u202e\x1b;|$()`\"'\\#%=[]<>/ca*?! "
 ED25519 = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJaZfvpNVJqhSrHg9a1nxhUAYAJ9qYdfHZXBJCq2eSZs"
@@ -60,6 +62,13 @@ SSH = SshConfig(
     tcp_forwarding=True,
     tun=False,
     keepalive=15,
+)
+TUN = replace(
+    SSH,
+    tcp_forwarding=False,
+    tun=True,
+    tunnel=SshServer(port=2222, tun=True, ipv4_pool="10.68.0.0/16").tunnel(300),
+    dns=("1.1.1.1", "2606:4700:4700::1111"),
 )
 L2TP = L2tpConfig(
     name="SkynetVPN fra1",
@@ -108,6 +117,8 @@ ssh_configs = st.builds(
     host_keys=st.lists(st.sampled_from([ED25519, ECDSA]), max_size=2).map(tuple),
     tcp_forwarding=st.booleans(),
     tun=st.booleans(),
+    tunnel=st.none() | st.integers(1, 60000).map(SshServer(port=1, tun=True, ipv4_pool="10.68.0.0/16").tunnel),
+    dns=st.lists(st.ip_addresses().filter(lambda address: "%" not in str(address)).map(str), max_size=4).map(tuple),
     keepalive=st.integers(1, 3600),
 )
 l2tp_configs = st.builds(L2tpConfig, name=names, host=hosts, psk=secrets, username=usernames, password=secrets)
@@ -164,7 +175,11 @@ def test_an_ssh_fragment_reads_back_as_the_model(config: SshConfig) -> None:
     assert (told["HostName"], told["Port"], told["User"]) == (config.host, str(config.port), config.username)
     assert told["ServerAliveInterval"] == str(config.keepalive)
     assert ("DynamicForward" in told) == config.tcp_forwarding
-    assert ("Tunnel" in told) == (config.tun and not config.tcp_forwarding)
+    assert ("Tunnel" in told) == (config.tunnel is not None and not config.tcp_forwarding)
+    if config.tunnel is not None:
+        device, number = config.tunnel.device, config.tunnel.number
+        assert told["TunnelDevice"] == f"{number}:{number}"
+        assert f"# $ ip address add {config.tunnel.client} peer {config.tunnel.server} dev {device}" in comments
     assert (told["StrictHostKeyChecking"], told["ForwardAgent"], told["ForwardX11"]) == ("yes", "no", "no")
 
 
@@ -179,7 +194,7 @@ def test_what_an_l2tp_client_asks_for_reads_back_as_the_model(config: L2tpConfig
     }
 
 
-@pytest.mark.parametrize("config", [OPENVPN, SSH, L2TP], ids=["openvpn", "ssh", "l2tp"])
+@pytest.mark.parametrize("config", [OPENVPN, SSH, TUN, L2TP], ids=["openvpn", "ssh", "tun", "l2tp"])
 @given(name=st.text(alphabet=NASTY))
 def test_a_name_never_leaves_its_comment(config: Any, name: str) -> None:
     def rest(conf: str) -> list[str]:
@@ -214,6 +229,8 @@ def test_a_name_never_leaves_its_comment(config: Any, name: str) -> None:
         (SSH, {"host_keys": (f"{ED25519} comment",)}),
         (SSH, {"host_keys": ('command="id" ' + ED25519,)}),
         (SSH, {"keepalive": 0}),
+        (SSH, {"dns": ("1.1.1.1\nProxyCommand id",)}),
+        (SSH, {"dns": ("fe80::1%x\n",)}),
         (L2TP, {"host": "a\n"}),
         (L2TP, {"psk": "a\nb"}),
         (L2TP, {"password": "é"}),
@@ -221,11 +238,11 @@ def test_a_name_never_leaves_its_comment(config: Any, name: str) -> None:
     ],
 )
 def test_a_value_with_two_meanings_is_refused(config: Any, change: dict[str, object]) -> None:
-    with pytest.raises((InvalidClientConfig, InvalidResource)):
+    with pytest.raises((InvalidClientConfig, InvalidResource, InvalidAddress)):
         replace(config, **change)
 
 
-@pytest.mark.parametrize("config", [OPENVPN, SSH, L2TP], ids=["openvpn", "ssh", "l2tp"])
+@pytest.mark.parametrize("config", [OPENVPN, SSH, TUN, L2TP], ids=["openvpn", "ssh", "tun", "l2tp"])
 def test_secrets_do_not_show_in_the_representation(config: Any) -> None:
     shown = repr(config)
     for name in ("private_key", "tls_crypt", "password", "psk"):
@@ -255,7 +272,17 @@ def test_json_has_what_the_file_has() -> None:
         "host_keys": [ED25519],
         "tcp_forwarding": True,
         "tun": False,
+        "tunnel": None,
     }
+    assert (TUN.to_json()["tun"], TUN.to_json()["tunnel"]) == (
+        True,
+        {
+            "number": 1_900_000_300,
+            "address": "10.68.1.45",
+            "server_address": "10.68.0.1",
+            "dns": ["1.1.1.1", "2606:4700:4700::1111"],
+        },
+    )
     assert L2TP.to_json() == {
         "protocol": "l2tp",
         "host": "vpn.example.com",
@@ -295,3 +322,18 @@ def test_ssh_itself_takes_the_fragment(tmp_path: Path, host: str) -> None:
         ["ssh-keygen", "-F", f"[{host}]:2222", "-f", str(known)], capture_output=True, text=True, timeout=30, check=True
     )
     assert ED25519 in found.stdout
+
+
+def test_ssh_itself_takes_the_tunnel(tmp_path: Path) -> None:
+    def shown(config: SshConfig, *options: str) -> list[str]:
+        path = tmp_path / "config"
+        path.write_text(config.to_conf())
+        argv = ["ssh", "-G", "-F", str(path), *options, config.alias]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+
+    tunnel = {"tunnel point-to-point", "tunneldevice 1900000300:1900000300"}
+    assert tunnel <= set(shown(TUN)) and "dynamicforward [127.0.0.1]:1080" not in shown(TUN)
+    both = replace(TUN, tcp_forwarding=True)
+    assert {"tunnel false", "dynamicforward [127.0.0.1]:1080"} <= set(shown(both))
+    assert tunnel <= set(shown(both, "-o", "Tunnel=point-to-point"))
+    assert "# $ ssh -f -o Tunnel=point-to-point skynetvpn-fra1\n" in both.to_conf()

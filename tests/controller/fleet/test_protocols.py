@@ -271,8 +271,10 @@ async def test_a_bad_change_changes_nothing_and_names_each_field(
 
 async def test_what_no_node_can_serve_is_refused_in_words(world: World) -> None:
     await world.node("fra1", Protocol.SSH)
-    problems = await world.problems("ssh", settings={"tun": True})
-    assert "tun devices by SSH are not served" in problems["settings.tun"]
+    problems = await world.problems("ssh", settings={"tcp_forwarding": False})
+    assert "without tcp_forwarding and tun it would do nothing" in problems["settings.tcp_forwarding"]
+    await world.protocols.configure("ssh", settings={"tcp_forwarding": False, "tun": True})
+    assert set(await world.problems("ssh", settings={"tun": False})) == {"settings.tun"}
 
 
 async def test_a_port_in_use_is_refused(world: World) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent.drivers.base import DriverError, LiveSession, Unsupported
+from agent.drivers.base import DriverError, LiveSession
 from agent.drivers.ssh import Ssh
 from tests.support.netns import Namespace
 from tests.support.openssh import (
@@ -30,10 +30,12 @@ from tests.support.openssh import (
     SPEC,
     Net,
     alice,
+    begun,
     connect,
     echo_server,
     eventually,
     name_server,
+    new_key,
     text_of,
 )
 
@@ -41,19 +43,6 @@ pytestmark = pytest.mark.netns
 
 LOCAL = 9000  # where the client listens
 FORWARD = ("-L", f"127.0.0.1:{LOCAL}:{FAR}:{ECHO_PORT}")
-
-
-async def begun(driver: Ssh, count: int = 1) -> list[LiveSession]:
-    """The sessions, once there are so many."""
-    found: list[LiveSession] = []
-
-    async def enough() -> bool:
-        nonlocal found
-        found = [session for session in await driver.sessions() if not session.ended]
-        return len(found) == count
-
-    await eventually(enough)
-    return found
 
 
 async def forwarded(net: Net, port: int = LOCAL) -> socket.socket:
@@ -83,12 +72,6 @@ def _echoed(opened: socket.socket, data: bytes) -> None:
 
 async def gone(net: Net, pid: int) -> bool:
     return pid not in net.node.pids()
-
-
-def new_key(directory: Path) -> tuple[Path, str]:
-    path = directory / "id"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
-    return path, " ".join(path.with_suffix(".pub").read_text().split()[:2])
 
 
 # --- logging in ---
@@ -653,11 +636,6 @@ async def test_nothing_happens_where_nothing_differs(net: Net, driver: Ssh) -> N
 
     assert net.sshds() == before_all
     assert time.monotonic() - began < 5
-
-
-async def test_tun_is_refused_in_words(net: Net, driver: Ssh) -> None:
-    with pytest.raises(Unsupported, match="tun"):
-        await driver.ensure(msgspec.structs.replace(SPEC, tun=True))
 
 
 async def test_stop_leaves_nothing_but_the_host_keys(net: Net, driver: Ssh) -> None:

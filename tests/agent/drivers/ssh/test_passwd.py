@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.drivers.ssh.passwd import GID, UIDS, Login, parse, passwd_line, replace, shadow_line
-from shared.access import USERNAME, Credential
+from shared.access import MAX_TUNNEL, USERNAME, Credential
 from shared.resource import InvalidResource, Protocol
 
 PASSWD = "root:x:0:0:root:/root:/bin/bash\nsshd:x:105:65534::/run/sshd:/usr/sbin/nologin\n"
@@ -20,6 +20,7 @@ LOGINS = st.builds(
     secret=st.from_regex(r"\$[a-z0-9]{1,8}\$[./A-Za-z0-9$=,]{1,100}", fullmatch=True) | st.just(""),
     changed=st.integers(0, 40_000),
     last_day=st.none() | st.integers(0, 40_000),
+    tunnel=st.integers(0, MAX_TUNNEL),
 )
 
 
