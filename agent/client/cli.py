@@ -26,7 +26,8 @@ Opens a connection, brings the tunnel up and waits until both ends confirm it. N
 the online server with the least load is taken.
 
 wireguard: makes a key once for each server, and sends only its public half. openvpn, l2tp: by the programs of that
-name, which must be installed. ssh: a SOCKS proxy on this machine (--proxy) instead of an interface.
+name, which must be installed. ssh: a SOCKS proxy on this machine (--proxy) instead of an interface; with --tun, or
+where the server forwards nothing else, an interface by root, for all of IPv4.
 
 Names are resolved through the tunnel where systemd-resolved or resolvconf manages them; with --netns by
 /etc/netns/NS/resolv.conf, unless that file is there already. With --no-routes nothing but the interface is set."""
@@ -102,6 +103,7 @@ def _connect(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--proxy", type=_proxy, default="127.0.0.1:1080", metavar="H:P", help="of ssh (default: %(default)s)"
     )
+    command.add_argument("--tun", action="store_true", help="of ssh: an interface instead of the proxy; needs root")
     command.add_argument("--netns", metavar="NS", help="put the tunnel into this network namespace (ip netns)")
     command.add_argument("--interface", metavar="NAME", help="interface to create (default: the next free skyvpnN)")
     command.add_argument(

@@ -42,7 +42,9 @@ class Summary(msgspec.Struct, frozen=True):
 
 async def connect(arguments: argparse.Namespace, profile: Profile) -> int:
     session = profile.require_session()
-    if means.needs_root(arguments.protocol) or arguments.netns is not None:
+    if arguments.tun and arguments.protocol != Protocol.SSH:
+        raise Misuse("--tun goes with --protocol ssh: the others have an interface in any case")
+    if not _wants_proxy(arguments) or arguments.netns is not None:
         tunnel.require_privilege()
     if arguments.netns is not None and not namespace.exists(arguments.netns):
         raise Misuse(f"there is no network namespace {arguments.netns!r}: ip netns add {arguments.netns}")
@@ -71,7 +73,7 @@ async def disconnect(arguments: argparse.Namespace, profile: Profile) -> int:
         print("no tunnel of this machine is up; skynetvpn status lists all connections", file=sys.stderr)
     ended = [item.connection_id for item in found] or ([arguments.id] if arguments.id else [])
     for item in found:
-        if means.needs_root(item.protocol) or item.netns is not None:
+        if not item.is_proxy or item.netns is not None:
             tunnel.require_privilege()
         await means.of(item).down(item)
     try:
@@ -141,7 +143,7 @@ async def _connect(
     if protocol == Protocol.WIREGUARD:
         key_file: Path = (arguments.key_file or profile.key_file(server.id)).absolute()
         public_key = str(load_or_make_key(key_file).public())
-    interface = arguments.proxy if protocol == Protocol.SSH else await _interface(arguments, profile)
+    interface = arguments.proxy if _wants_proxy(arguments) else await _interface(arguments, profile)
     progress.show(f"opening a connection to {server.name}")
     started = time.monotonic()
     connection = await api.connect(server.id, protocol, public_key)
@@ -158,14 +160,20 @@ async def _connect(
         protocol=protocol,
     )
     by = means.of(local)
+
+    def save(noted: LocalTunnel) -> None:
+        nonlocal local
+        local = noted
+        profile.save_tunnel(noted)
+
     try:
-        profile.save_tunnel(local)
+        save(local)
         progress.show(f"bringing up {interface}")
-        local = await by.up(local, api, routes=not arguments.no_routes, save=profile.save_tunnel)
+        local = await by.up(local, api, routes=not arguments.no_routes, save=save)
         connection = await _wait(api, local, connection, progress, started + arguments.timeout)
         latency = await by.latency(local)
     except BaseException:
-        progress.show(f"taking {interface} down again")
+        progress.show(f"taking {local.interface} down again")
         await _abandon(api, profile, local)
         raise
     return Summary(
@@ -174,7 +182,7 @@ async def _connect(
         server=server.name,
         protocol=protocol,
         status=connection.status,
-        interface=interface,
+        interface=local.interface,
         netns=local.netns,
         backend=local.backend,
         addresses=local.addresses,
@@ -182,6 +190,10 @@ async def _connect(
         resolver=local.resolver,
         latency_ms=latency,
     )
+
+
+def _wants_proxy(arguments: argparse.Namespace) -> bool:
+    return arguments.protocol == Protocol.SSH and not arguments.tun
 
 
 async def _interface(arguments: argparse.Namespace, profile: Profile) -> str:
@@ -256,7 +268,7 @@ def _text(summary: Summary) -> str:
 def _way(summary: Summary) -> tuple[str, str]:
     place = f"{summary.interface} in namespace {summary.netns}" if summary.netns else summary.interface
     match summary.protocol:
-        case Protocol.SSH:
+        case Protocol.SSH if not summary.addresses:
             return "proxy", f"socks5://{place}"
         case Protocol.WIREGUARD:
             return "interface", f"{place}, {summary.backend} WireGuard"

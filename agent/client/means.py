@@ -44,8 +44,3 @@ _MEANS: dict[str, Means] = {
 
 def of(local: LocalTunnel) -> Means:
     return _MEANS[local.protocol]
-
-
-def needs_root(protocol: str) -> bool:
-    """A proxy does not; whatever makes an interface does."""
-    return protocol != Protocol.SSH

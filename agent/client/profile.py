@@ -35,7 +35,7 @@ class LocalTunnel(msgspec.Struct, frozen=True):
     connection_id: str
     server_id: str
     server: str
-    interface: str  # of SSH: where its SOCKS proxy listens
+    interface: str  # or, of SSH, where its SOCKS proxy listens
     backend: str  # as asked for at first, then the one that was taken
     key_file: str  # of the WireGuard key, or the program's secret configuration
     addresses: tuple[str, ...] = ()
@@ -43,6 +43,10 @@ class LocalTunnel(msgspec.Struct, frozen=True):
     netns: str | None = None
     resolver: str | None = None  # how names were set: the way back at disconnect
     protocol: str = "wireguard"
+
+    @property
+    def is_proxy(self) -> bool:
+        return ":" in self.interface
 
 
 class Profile:

@@ -1,4 +1,4 @@
-"""SSH by the program of that name: a SOCKS proxy on this machine, through which programs reach the internet."""
+"""SSH by the program of that name: a SOCKS proxy on this machine, or an interface of its own (`ssh -w`)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import re
 import shlex
 from collections.abc import Callable
+from ipaddress import IPv4Address
 
 import msgspec
 
-from agent.client import namespace, programs
+from agent.client import namespace, programs, resolver, tunnel
 from agent.client.api import Api
 from agent.client.errors import Failure
 from agent.client.profile import LocalTunnel
@@ -17,11 +18,35 @@ from agent.client.tunnel import Counters, ping
 from agent.config import split_address
 from agent.drivers import commands
 from agent.drivers.base import DriverError
-from shared.access import USERNAME, parse_ssh_key
+from agent.drivers.netlink.routing import lead_through, let_go
+from agent.drivers.netlink.rtnl import Rtnl
+from shared.access import MAX_TUNNEL, USERNAME, parse_ssh_key
+from shared.addresses import check_client_prefix, check_name_server
 from shared.resource import InvalidResource
 
 _LOGIN_SECONDS = 25.0
 _HOST = re.compile(r"[A-Za-z0-9.:][A-Za-z0-9.:-]*")
+_MOST_NAME_SERVERS = 8
+_MOST_NUMBER = 2_000_000_000  # ssh opens `tunN`
+_EVERYTHING = ("0.0.0.0/0",)  # such a tunnel is of IPv4
+
+
+class SshTunnel(msgspec.Struct, frozen=True):
+    """The login's tun device on the server, and the addresses of both ends."""
+
+    number: int
+    address: str
+    server_address: str
+    dns: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise ValueError."""
+        if not MAX_TUNNEL < self.number < _MOST_NUMBER or len(self.dns) > _MOST_NAME_SERVERS:
+            raise InvalidResource("the tunnel has another number, or more name servers, than tunnels have")
+        for address in (self.address, self.server_address):
+            check_client_prefix(f"{IPv4Address(address)}/32")
+        for server in self.dns:
+            check_name_server(server)
 
 
 class SshMaterial(msgspec.Struct, frozen=True):
@@ -33,24 +58,84 @@ class SshMaterial(msgspec.Struct, frozen=True):
     password: str
     host_keys: tuple[str, ...]
     tcp_forwarding: bool = True
+    tunnel: SshTunnel | None = None
 
     def __repr__(self) -> str:
         return f"SshMaterial(host={self.host!r}, username={self.username!r})"
 
 
-async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[LocalTunnel], None]) -> LocalTunnel:  # noqa: ARG001
+async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[LocalTunnel], None]) -> LocalTunnel:
     """A proxy changes no route, whatever `routes` says."""
     material = await _material(local, api)
-    if not material.tcp_forwarding:
-        raise Failure(f"{local.server} forwards tun devices only: use ssh -w with skynetvpn config")
-    place = material.host if material.port == 22 else f"[{material.host}]:{material.port}"
+    wanted = await _wanted(local, material)
+    server = await tunnel.resolve(material.host)
+    local = msgspec.structs.replace(local, interface=wanted, endpoint=tunnel.join(server, material.port))
+    save(local)
+    if local.is_proxy or material.tunnel is None:
+        await _start(local, material, ["-D", local.interface])
+        return local
+    own = material.tunnel
+    # ssh makes the device, and takes it away with all its routes when it ends. On a machine that is the server as well
+    # the one of the server has the number itself.
+    number = own.number + MAX_TUNNEL + 1
+    local = msgspec.structs.replace(local, addresses=(f"{own.address}/32",))
+    save(local)
+    await _start(local, material, ["-w", f"{number}:{own.number}"])
+    await namespace.within(local.netns, lambda: _set_up(local, own, f"tun{number}", routes=routes))
+    await ping(own.server_address, local.netns)  # by then ssh has the server's answer: refused, it ends
+    if await counters(local) is None:
+        raise Failure(f"{local.server} refuses the tunnel: is the login in use by another one?")
+    if routes and own.dns:
+        used = await resolver.use(own.dns, local.interface, local.netns)
+        local = msgspec.structs.replace(local, resolver=used)
+        save(local)
+    return local
+
+
+async def down(local: LocalTunnel) -> None:
+    await resolver.restore(local.resolver, local.interface, local.netns)
+    await programs.end(local)
+    if local.endpoint and not local.is_proxy and (local.netns is None or namespace.exists(local.netns)):
+        await namespace.within(local.netns, lambda: _unroute(local))
+    programs.forget(local)
+
+
+async def counters(local: LocalTunnel) -> Counters | None:
+    pid = programs.running(local)
+    if pid is None:
+        return None
+    if local.is_proxy:
+        return Counters(None, None, programs.since(pid))
+    moved = await asyncio.to_thread(programs.traffic, pid, local.interface)
+    return Counters(*moved, programs.since(pid)) if moved is not None else None
+
+
+async def latency(local: LocalTunnel) -> float | None:
+    return await ping(str(tunnel.endpoint(local)), local.netns)
+
+
+async def _wanted(local: LocalTunnel, material: SshMaterial) -> str:
+    """The interface, or the place of the proxy; an interface where the server forwards nothing else."""
+    if not local.is_proxy:
+        if material.tunnel is None:
+            raise Failure(f"{local.server} has no tun device for this login: without --tun it is a proxy")
+        return local.interface
+    if material.tcp_forwarding:
+        return local.interface
+    if material.tunnel is None:
+        raise Failure(f"{local.server} forwards tun devices only, and has none for this login")
+    tunnel.require_privilege()
+    return await tunnel.free_interface(local.netns, ())
+
+
+async def _start(local: LocalTunnel, material: SshMaterial, forward: list[str]) -> None:
+    """Have ssh run in the background, once the server has agreed to what it is to forward."""
+    host = str(tunnel.endpoint(local))
+    place = host if material.port == 22 else f"[{host}]:{material.port}"
     password = programs.write(local, f"{material.password}\n".encode(), ".password")
     ask = programs.write(local, f"#!/bin/sh\nexec cat {shlex.quote(str(password))}\n".encode(), ".ask", 0o700)
     known = programs.write(local, "".join(f"{place} {key}\n" for key in material.host_keys).encode(), ".known")
-    local = msgspec.structs.replace(local, endpoint=f"{place}" if ":" in place else f"{place}:{material.port}")
-    save(local)
-    argv = ["ssh", "-F", "/dev/null", "-f", "-N", "-D", local.interface]
-    argv += ["-p", str(material.port), "-l", material.username]
+    argv = ["ssh", "-F", "/dev/null", "-f", "-N", *forward, "-p", str(material.port), "-l", material.username]
     for option in (
         f"UserKnownHostsFile={known}",
         "GlobalKnownHostsFile=/dev/null",
@@ -67,28 +152,36 @@ async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[Loca
     asking = {"SSH_ASKPASS": str(ask), "SSH_ASKPASS_REQUIRE": "force"}  # ssh(1)
     try:
         await namespace.within(
-            local.netns, lambda: commands.run([*argv, "--", material.host], timeout=_LOGIN_SECONDS, environ=asking)
+            local.netns, lambda: commands.run([*argv, "--", host], timeout=_LOGIN_SECONDS, environ=asking)
         )
     except DriverError as error:
         raise Failure(f"{local.server} did not let us in: {' | '.join(str(error).splitlines())}") from error
     finally:
         password.unlink()
     await asyncio.to_thread(programs.note, local)
-    return local
 
 
-async def down(local: LocalTunnel) -> None:
-    await programs.end(local)
-    programs.forget(local)
+async def _set_up(local: LocalTunnel, own: SshTunnel, device: str, *, routes: bool) -> None:
+    rtnl = Rtnl()
+    try:
+        link = await rtnl.link(device)
+        if link is None:
+            raise Failure(f"{local.server} ended the session as soon as it had begun")
+        await rtnl.rename(link, local.interface)
+        await rtnl.add_address(link, f"{own.address}/32", IPv4Address(own.server_address))
+        await rtnl.set_up(link)
+        if routes:
+            await lead_through(rtnl, link, tunnel.endpoint(local), _EVERYTHING, local.addresses)
+    finally:
+        rtnl.close()
 
 
-async def counters(local: LocalTunnel) -> Counters | None:
-    pid = programs.running(local)
-    return Counters(None, None, programs.since(pid)) if pid is not None else None
-
-
-async def latency(local: LocalTunnel) -> float | None:
-    return await ping(local.endpoint.rpartition(":")[0].strip("[]"), local.netns) if local.endpoint else None
+async def _unroute(local: LocalTunnel) -> None:
+    rtnl = Rtnl()
+    try:
+        await let_go(rtnl, tunnel.endpoint(local))
+    finally:
+        rtnl.close()
 
 
 async def _material(local: LocalTunnel, api: Api) -> SshMaterial:
@@ -103,6 +196,8 @@ async def _material(local: LocalTunnel, api: Api) -> SshMaterial:
             raise InvalidResource("host, login or password have other characters than these have")
         if any(parse_ssh_key(key) != key for key in material.host_keys):
             raise InvalidResource("a host key is not `type base64`")
+        if material.tunnel is not None:
+            material.tunnel.check()
     except (msgspec.MsgspecError, ValueError) as error:
         raise Failure(f"the controller sent a configuration that cannot be used: {error}") from error
     return material

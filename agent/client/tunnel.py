@@ -89,7 +89,7 @@ async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[Loca
     key = load_or_make_key(Path(local.key_file))
     config = await api.tunnel_config(local.connection_id)
     server = await _server(config, local.interface)
-    local = msgspec.structs.replace(local, addresses=config.addresses, endpoint=_join(server.endpoint))
+    local = msgspec.structs.replace(local, addresses=config.addresses, endpoint=join(*server.endpoint))
 
     async def bring_up() -> str:
         driver = await choose(Backend(local.backend))
@@ -116,7 +116,7 @@ async def down(local: LocalTunnel) -> None:
 
     async def take_down(driver: Driver) -> None:
         if local.endpoint:
-            await client.disconnect(driver, local.interface, _endpoint(local)[0])
+            await client.disconnect(driver, local.interface, endpoint(local))
 
     await _with_driver(local, take_down)
 
@@ -138,7 +138,7 @@ async def counters(local: LocalTunnel) -> Counters | None:
 
 async def latency(local: LocalTunnel) -> float | None:
     """The round trip to the server in milliseconds, or None where it answers no ping."""
-    return await ping(str(_endpoint(local)[0]), local.netns)
+    return await ping(str(endpoint(local)), local.netns)
 
 
 async def ping(host: str, netns: str | None) -> float | None:
@@ -170,7 +170,7 @@ async def _server(config: TunnelConfig, interface: str) -> ServerPeer:
         Interface(name=interface, listen_port=port, addresses=config.addresses, mtu=config.mtu).check()
         return ServerPeer(
             public_key=PublicKey.parse(config.server_public_key),
-            endpoint=(await _resolve(host), port),
+            endpoint=(await resolve(host), port),
             allowed_ips=tuple(str(ip_network(prefix)) for prefix in config.allowed_ips),
             preshared_key=PresharedKey.parse(config.preshared_key) if config.preshared_key else None,
             keepalive=config.keepalive,
@@ -179,7 +179,7 @@ async def _server(config: TunnelConfig, interface: str) -> ServerPeer:
         raise Failure(f"the controller sent a configuration that cannot be used: {error}") from error
 
 
-async def _resolve(host: str) -> Address:
+async def resolve(host: str) -> Address:
     """The server's address; looked up where the command was typed, for a new namespace has no name servers yet."""
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_DGRAM)
@@ -188,11 +188,9 @@ async def _resolve(host: str) -> Address:
     return ip_address(found[0][4][0])
 
 
-def _endpoint(local: LocalTunnel) -> tuple[Address, int]:
-    host, port = split_address(local.endpoint)
-    return ip_address(host), port
+def endpoint(local: LocalTunnel) -> Address:
+    return ip_address(split_address(local.endpoint)[0])
 
 
-def _join(endpoint: tuple[Address, int]) -> str:
-    host, port = endpoint
+def join(host: Address, port: int) -> str:
     return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"

@@ -109,6 +109,11 @@ class Rtnl:
     async def set_alias(self, link: Link, alias: str) -> None:
         await self._channel.request(f"tag {link.name}", _RTM_NEWLINK, _ifinfo(link.index) + _alias(alias))
 
+    async def rename(self, link: Link, name: str) -> None:
+        """One that is down."""
+        payload = _ifinfo(link.index) + text(_IFLA_IFNAME, name)
+        await self._channel.request(f"rename {link.name} to {name}", _RTM_NEWLINK, payload)
+
     async def set_mtu(self, link: Link, mtu: int) -> None:
         payload = _ifinfo(link.index) + u32(_IFLA_MTU, mtu)
         await self._channel.request(f"set the MTU of {link.name} to {mtu}", _RTM_NEWLINK, payload)

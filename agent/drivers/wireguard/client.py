@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from ipaddress import ip_network
+from collections.abc import Sequence
 
 from agent.drivers.base import DriverError
-from agent.drivers.netlink.rtnl import Link, Rtnl
+from agent.drivers.netlink.routing import lead_through, let_go
+from agent.drivers.netlink.rtnl import Rtnl
 from agent.drivers.wireguard.kernel import KernelWireGuard
 from agent.drivers.wireguard.server import ServerPeer
 from agent.drivers.wireguard.userspace import UserspaceWireGuard
-from shared.addresses import Address, Network
+from shared.addresses import Address
 from shared.desired import Interface
 from shared.keys import PrivateKey
 
@@ -40,11 +40,9 @@ async def connect(
         if link is None:
             raise DriverError(f"{name} disappeared as soon as it was created")
         if routes:
-            await _pin_endpoint(rtnl, server.endpoint[0], link)
-            for network in _routed(server.allowed_ips, addresses):
-                await rtnl.add_route(network, link.index)
+            await lead_through(rtnl, link, server.endpoint[0], server.allowed_ips, addresses)
     except BaseException:
-        await _remove(driver, rtnl, name, [server.endpoint[0]])
+        await _remove(driver, rtnl, name, server.endpoint[0])
         raise
     finally:
         rtnl.close()
@@ -54,32 +52,11 @@ async def disconnect(driver: KernelWireGuard | UserspaceWireGuard, name: str, en
     """Take the tunnel and all routes that `connect` made away; none there is no error."""
     rtnl = Rtnl()
     try:
-        await _remove(driver, rtnl, name, [endpoint])
+        await _remove(driver, rtnl, name, endpoint)
     finally:
         rtnl.close()
 
 
-async def _remove(
-    driver: KernelWireGuard | UserspaceWireGuard, rtnl: Rtnl, name: str, endpoints: Iterable[Address]
-) -> None:
-    await driver.remove(name)  # the routes through it go with it
-    pinned = {ip_network(endpoint) for endpoint in endpoints}
-    for route in await rtnl.our_routes():
-        if route.destination in pinned:
-            await rtnl.delete_route(route)
-
-
-async def _pin_endpoint(rtnl: Rtnl, endpoint: Address, tunnel: Link) -> None:
-    """Keep the tunnel's own packets on the way they go now, out of the tunnel."""
-    hop = await rtnl.hop_to(endpoint)
-    if hop.unicast and hop.index != tunnel.index:
-        await rtnl.add_route(ip_network(endpoint), hop.index, hop.gateway)
-
-
-def _routed(allowed_ips: Iterable[str], addresses: Iterable[str]) -> Iterator[Network]:
-    """The prefixes to route; a default route as two halves, which win over the host's own without replacing it."""
-    versions = {6 if ":" in address else 4 for address in addresses}
-    for prefix in allowed_ips:
-        network = ip_network(prefix)
-        if network.version in versions:
-            yield from network.subnets() if network.prefixlen == 0 else (network,)
+async def _remove(driver: KernelWireGuard | UserspaceWireGuard, rtnl: Rtnl, name: str, endpoint: Address) -> None:
+    await driver.remove(name)
+    await let_go(rtnl, endpoint)
