@@ -191,3 +191,40 @@ def test_a_speed_limit_holds_on_every_protocol(serving: Serving) -> None:
             serving.cli("disconnect")
     finally:
         serving.admin("PUT", f"/users/{number}", {"rate_down": None})
+
+
+def test_a_tunnel_by_ssh_is_counted_limited_and_ended_like_all_others(serving: Serving) -> None:
+    fleet = serving.fleet
+    number = next(user["id"] for user in serving.admin("GET", "/users")["users"] if user["username"] == "alice")
+    serving.admin("PUT", "/protocols/ssh", {"settings": {"tcp_forwarding": False, "tun": True}})
+    try:
+        fleet.wait(lambda: "ssh" in serving.statuses("running"), "tun devices are not served")
+        tunnel = serving.connect("ssh")
+        assert tunnel["interface"].startswith("skyvpn") and tunnel["addresses"][0].startswith("10.68.")
+        assert serving.download(3 * MEGABYTE) == 3 * MEGABYTE
+
+        def told() -> int:
+            count: int = fleet.live()[tunnel["connection_id"]]["tx"]
+            return count
+
+        fleet.wait(lambda: told() > 3 * MEGABYTE, "the bytes are not reported")
+        fleet.stop_agent(signal.SIGKILL)
+        assert serving.download(2 * MEGABYTE) == 2 * MEGABYTE
+        serving.start_agent()
+        fleet.wait(lambda: told() > 5 * MEGABYTE, "what passed meanwhile is not counted")
+        assert told() < 6 * MEGABYTE
+        serving.admin("PUT", f"/users/{number}", {"rate_down": 8_000_000})
+        fleet.wait(
+            lambda: "htb" in fleet.node.run("tc", "class", "show", "dev", "skydown", check=False), "nothing is limited"
+        )
+        began = time.monotonic()
+        assert serving.download(4 * MEGABYTE, seconds=60) == 4 * MEGABYTE
+        assert time.monotonic() - began > 2.5
+        assert serving.admin("POST", f"/users/{number}/kick") == {"kicked": 1}
+        serving.wait_on("alice", [])
+        links = fleet.client.namespace.run("ip", "-o", "link")
+        assert tunnel["interface"] not in links
+    finally:
+        serving.admin("PUT", f"/users/{number}", {"rate_down": None})
+        serving.admin("PUT", "/protocols/ssh", {"settings": {"tcp_forwarding": None, "tun": None}})
+    fleet.wait(lambda: "tun190" not in fleet.node.run("ip", "-o", "link"), "the devices are still there")
