@@ -18,6 +18,7 @@ from agent.client.profile import Profile
 from agent.drivers.nftables import Nftables
 from agent.drivers.ssh import Ssh
 from agent.services import tunnels_of
+from controller.access.ssh import SshConfig
 from shared.services import SshServer
 from tests.support.netns import wait_until
 from tests.support.openssh import ECHO_PORT, FAR, NODE, PASSWORD, PORT, SPEC, Net, alice, connect
@@ -241,6 +242,41 @@ async def test_a_controller_that_never_reports_leaves_nothing_of_the_tunnel_when
 
     assert process.returncode == 130 and b"Traceback" not in error
     assert nothing_is_left(net, controller, home)
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("spec", [TUN, BOTH], ids=["alone", "beside the proxy"])
+async def test_the_commands_of_the_fragment_are_all_that_it_takes(net: Net, tun: Ssh, spec: SshServer) -> None:
+    await tun.ensure(spec)
+    fragment = SshConfig(
+        name="SkynetVPN fra1",
+        host=NODE,
+        port=PORT,
+        username="alice",
+        password=PASSWORD,
+        host_keys=tuple(await tun.host_keys()),
+        tcp_forwarding=spec.tcp_forwarding,
+        tun=True,
+        tunnel=FOUND,
+        keepalive=15,
+    ).to_conf()
+    config, known = net.directory / "config", net.directory / "known_hosts"
+    config.write_text(fragment)
+    known.write_text("".join(f"{line[4:]}\n" for line in fragment.splitlines() if line.startswith("#   ")))
+    ask = net.directory / "ask"
+    ask.write_text(f"#!/bin/sh\necho '{PASSWORD}'\n")
+    ask.chmod(0o700)
+    asking = ("env", f"SSH_ASKPASS={ask}", "SSH_ASKPASS_REQUIRE=force")
+    ssh = (*asking, "ssh", "-F", str(config), "-o", f"UserKnownHostsFile={known}", "-E", str(net.directory / "said"))
+    commands = [line[4:] for line in fragment.splitlines() if line.startswith("# $ ")]
+    assert len(commands) == 5
+    for command in commands:
+        if "GATEWAY" in command:  # the node is in the same network
+            continue
+        for words in command.split(" && "):
+            program, *arguments = words.split()
+            net.client.run(*(ssh if program == "ssh" else (program,)), *arguments)
+    assert await asyncio.to_thread(through_tunnel, net) == b"hello"
 
 
 async def test_tun_is_for_ssh(logged_in: Cli) -> None:

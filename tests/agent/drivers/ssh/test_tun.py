@@ -326,9 +326,21 @@ async def test_another_agent_touches_no_live_device(net: Net, tun: Ssh) -> None:
 async def test_turned_off_the_tunnels_end(net: Net, tun: Ssh) -> None:
     made = await opened(net)
 
+    (before,) = await begun(tun)
     await tun.ensure(SPEC)
 
     assert devices(net.node) == {}
+    assert not await made.passes()
+    assert [session.id for session in await begun(tun)] == [before.id]
+
+
+async def test_another_pool_is_taken_over(net: Net, tun: Ssh) -> None:
+    made = await opened(net)
+
+    await tun.ensure(msgspec.structs.replace(TUN, ipv4_pool="10.71.0.0/24"))
+
+    assert set(devices(net.node)) == {tunnel().device}
+    assert "10.71.0.1 peer 10.71.0.8/32" in net.node.run("ip", "address", "show", tunnel().device)
     assert not await made.passes()
 
 
