@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 
 import structlog
+from msgspec.structs import replace
 
 from agent.allowances import Allowances, Meters
 from agent.counters import Counters
@@ -149,8 +150,8 @@ class Reporter:
         latest: dict[bytes, PeerStats] = {}
         for peer in stats:
             before = self.latest.get(peer.public_key)
-            known = before if before == peer else peer
-            latest[known.public_key] = known  # the key that is held already: the new one is as large as the counters
+            known = before if before == peer else self._with_own_key(peer)
+            latest[known.public_key] = known
             if before is None and not peer.handshake and not first:
                 self._young.setdefault(peer.public_key, monotonic)
             fell = fell or (before is not None and (peer.rx < before.rx or peer.tx < before.tx))
@@ -168,6 +169,11 @@ class Reporter:
         self.reports.latest = latest
         self._counters.sessions = len(self._sessions)
         return fell
+
+    def _with_own_key(self, stats: PeerStats) -> PeerStats:
+        """The same with the key that is held already: another copy of it would be as large as the counters."""
+        peer = self._reconciler.peers.get(stats.public_key)
+        return replace(stats, public_key=peer.public_key) if peer is not None else stats
 
     def _follow(self, peer: PeerStats, session: Session | None) -> None:
         if session is None:

@@ -87,20 +87,18 @@ class UapiSocket:
 
     async def _exchange(self, opened: socket.socket, operation: bytes) -> str:
         loop = asyncio.get_running_loop()
-        parts: list[bytes] = []
-        tail = b""
+        answer = bytearray()  # one that grows: the parts of a large dump would leave holes in the heap
         async with asyncio.timeout(_TIMEOUT):
             await loop.sock_sendall(opened, operation)
             small = len(operation) <= _SMALL and operation != uapi.GET
             if small:
                 _wait_a_moment(opened)
-            while tail != _END:
+            while not answer.endswith(_END):
                 part = await loop.sock_recv(opened, _SMALL if small else _RECEIVE_BYTES)
                 if not part:
                     raise ConnectionResetError
-                parts.append(part)
-                tail = (tail + part)[-len(_END) :]
-        return b"".join(parts).decode()
+                answer += part
+        return answer.decode()
 
     async def _connect(self) -> socket.socket:
         opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
