@@ -1,5 +1,6 @@
 """Debian's stock kernel for the guest: downloaded with apt, unpacked into the project's cache, never installed."""
 
+import contextlib
 import fcntl
 import lzma
 import os
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,7 @@ def kernel() -> Kernel:
     if os.uname().machine != "x86_64":
         raise GuestUnavailable(f"the guest is not supported on {os.uname().machine}, only on amd64")
     if not CACHE.exists():
-        CACHE.parent.mkdir(exist_ok=True)
-        with CACHE.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(CACHE):
             if not CACHE.exists():
                 _download()
     images = list(CACHE.glob("boot/vmlinux-*"))
@@ -72,18 +71,33 @@ def kernel() -> Kernel:
     return Kernel(version=images[0].name.removeprefix("vmlinux-"), root=CACHE)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps others from filling this folder of the cache at the same time"""
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def download(packages: Sequence[str], root: Path) -> None:
+    """Unpacks Debian packages into a folder, all in one; nothing is installed"""
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix="debs-") as debs:
+        # apt's own sandbox user could not write into a folder of ours.
+        try:
+            output_of(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *packages], cwd=Path(debs))
+        except GuestUnavailable as error:
+            raise GuestUnavailable(f"{error}\nwhen the package lists are old or missing: {SETUP_HINT}") from None
+        for deb in Path(debs).glob("*.deb"):
+            output_of(["dpkg", "-x", str(deb), str(root)])
+
+
 def _download() -> None:
     package = _real_package()
     print(f"tests/vm: downloading {package}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=CACHE.parent, prefix="kernel-") as scratch:
-        # apt's own sandbox user could not write into a folder of ours.
-        try:
-            output_of(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package], cwd=Path(scratch))
-        except GuestUnavailable as error:
-            raise GuestUnavailable(f"{error}\nwhen the package lists are old or missing: {SETUP_HINT}") from None
-        (deb,) = Path(scratch).glob("*.deb")
         unpacked = Path(scratch) / "unpacked"
-        output_of(["dpkg", "-x", str(deb), str(unpacked)])
+        download([package], unpacked)
         (version,) = (path.name for path in unpacked.glob("lib/modules/*"))
         output_of(["depmod", "-b", str(unpacked), version])
         compressed = unpacked / "boot" / f"vmlinuz-{version}"
