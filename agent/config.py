@@ -81,6 +81,7 @@ class Config:
     protocols: tuple[Protocol, ...] = field(default=(Protocol.WIREGUARD,), metadata=settings.check(_protocols))
     backend: Backend = Backend.AUTO
     openvpn_units: Path | None = None  # where systemd starts OpenVPN for the agent; None: the agent starts it itself
+    openvpn_dco: bool = False  # the kernel passes OpenVPN's UDP data; read docs/operations.md first
     metrics: str = field(default="127.0.0.1:9586", metadata=settings.check(_address_or_off))  # "" = off
     capacity_mbit: int = field(default=1000, metadata=settings.check(_positive))
     max_peers: int = field(default=1000, metadata=settings.check(_positive))

@@ -64,7 +64,8 @@ class Agent:
         host = Host(open_wireguard or chosen, firewall or Nftables(), key, public_key)
         self.services = Services(
             config.protocols,
-            open_service or open_driver(config.directory, boot_id, config.openvpn_units),
+            open_service
+            or open_driver(config.directory, boot_id, config.openvpn_units, openvpn_dco=config.openvpn_dco),
             recheck_seconds=config.recheck_seconds,
         )
         self._ledger = Ledger(config.directory)
@@ -168,6 +169,8 @@ class Agent:
     async def _deliver(self, frame: FromController) -> None:
         match frame:
             case Welcome() | Delta() | Snapshot():
+                if isinstance(frame, Welcome) and self.server_certificate is not None:
+                    self.server_certificate.ask_again()
                 await self.reconciler.inbox.put(frame)
             case Received():
                 self.reports.received(frame.sequence)

@@ -31,7 +31,9 @@ OpenDriver = Callable[[Protocol, Admit, Notify], ServiceDriver]
 log = structlog.get_logger()
 
 
-def open_driver(directory: Path, boot_id: str, openvpn_units: Path | None = None) -> OpenDriver:
+def open_driver(
+    directory: Path, boot_id: str, openvpn_units: Path | None = None, *, openvpn_dco: bool = False
+) -> OpenDriver:
     """Make drivers of this host, loading only the code of the protocols that are asked for."""
 
     def opened(protocol: Protocol, admit: Admit, notify: Notify) -> ServiceDriver:
@@ -41,7 +43,7 @@ def open_driver(directory: Path, boot_id: str, openvpn_units: Path | None = None
                 from agent.drivers.openvpn import OpenVpn, Units
 
                 launcher = None if openvpn_units is None else Units(place, openvpn_units)
-                return OpenVpn(place, boot_id=boot_id, admit=admit, notify=notify, launcher=launcher)
+                return OpenVpn(place, boot_id=boot_id, admit=admit, notify=notify, launcher=launcher, dco=openvpn_dco)
             case Protocol.SSH:
                 from agent.drivers.ssh import Ssh
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 import socket
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -34,6 +36,7 @@ from tests.support.netns import Namespace, wait_until
 PASSWORD = "correct horse"
 SECRET = hash_password(PASSWORD)
 _numbers = itertools.count()
+DCO_MODULE = Path(__file__).resolve().parents[2] / ".cache" / "ovpn-dco" / "ovpn-dco-v2.ko"
 REFUSED = "AUTH_FAILED"
 CONNECTED = "Initialization Sequence Completed"
 
@@ -211,6 +214,7 @@ class OpenVpnRig:
     """The host is 192.0.2.1 and 2001:db8::1; clients are on another. alice and carol log in by certificate."""
 
     asks = True
+    dco = False
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -239,7 +243,8 @@ class OpenVpnRig:
 
     def driver(self, admit: Admit, notify: Notify) -> OpenVpn:
         directory = self.directory / "openvpn"
-        return OpenVpn(directory, boot_id="boot", admit=admit, notify=notify, launcher=self.launcher(directory))
+        launcher = self.launcher(directory)
+        return OpenVpn(directory, boot_id="boot", admit=admit, notify=notify, launcher=launcher, dco=self.dco)
 
     def launcher(self, directory: Path) -> Launcher | None:
         return None
@@ -311,3 +316,28 @@ class OpenVpnUnitsRig(OpenVpnRig):
 
     def launcher(self, directory: Path) -> Launcher:
         return Units(directory, self._runtime)
+
+
+class OpenVpnDcoRig(OpenVpnRig):
+    """The same, but the kernel passes the data, on both hosts; for as long as the rig is there."""
+
+    dco = True
+
+    def __enter__(self) -> Self:
+        if not os.environ.get("SKYNETVPN_KERNEL_TESTS"):
+            pytest.skip("loads a kernel module: run make test-kernel")
+        if self._unloaded():
+            for argv in (("modprobe", "--all", "udp_tunnel", "ip6_udp_tunnel"), ("insmod", str(DCO_MODULE))):
+                subprocess.run(argv, check=True)
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        wait_until(self._unloaded, 60)  # the kernel takes its time to clear the namespaces away
+
+    @staticmethod
+    def _unloaded() -> bool:
+        subprocess.run(("rmmod", DCO_MODULE.stem), capture_output=True, check=False)
+        return not Path("/sys/module/ovpn_dco_v2").exists()

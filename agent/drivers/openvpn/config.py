@@ -20,12 +20,9 @@ Pool = TypeVar("Pool", IPv4Network, IPv6Network)
 
 TRANSPORTS: Final = ("udp", "tcp")
 _LOST_PINGS = 6
+DEVICES = "skyovpn"  # what the names of devices for offloaded data begin with
 _WIDEST_IPV4, _WIDEST_IPV6 = 16, 64  # OpenVPN's own limits of a pool
 _FIXED: Final = (
-    ("dev", "tun"),
-    ("topology", "subnet"),
-    # Keys in the kernel outlive the refusal of a client by seconds: a kick must end the traffic at once.
-    ("disable-dco",),
     ("dh", "none"),
     ("tls-version-min", "1.3"),
     ("tls-cert-profile", "preferred"),
@@ -71,16 +68,30 @@ class Settings:
     tls_crypt: str
     certificate: str  # name of the file with the server's certificate and key
     dual_stack: bool  # the host has IPv6, and the server takes clients by both
+    dco: bool = False  # the kernel passes the data, where it can
 
     def __repr__(self) -> str:
         return f"Settings({self.transport!r}, {self.port}, {str(self.ipv4)!r})"
+
+    @property
+    def patience(self) -> int:
+        """Seconds without a packet of a client until its session ends."""
+        return _LOST_PINGS * self.keepalive
+
+    @property
+    def device(self) -> str:
+        """Of these settings alone where the kernel passes the data: it outlives a process that dies."""
+        return DEVICES + token(render(replace(self, dco=False)))[:8] if self.dco else ""
 
     def with_certificate(self, name: str) -> Settings:
         return replace(self, certificate=name)
 
 
-def settings(spec: OpenVpnServer, transport: str, certificate: str, *, dual_stack: bool) -> Settings:
-    """UDP has the lower half of the pools and TCP the upper one, whether or not both run."""
+def settings(spec: OpenVpnServer, transport: str, certificate: str, *, dual_stack: bool, dco: bool = False) -> Settings:
+    """UDP has the lower half of the pools and TCP the upper one, whether or not both run.
+
+    TCP is never offloaded: a client that resets its connection takes the kernel's counters along.
+    """
     ipv6 = None if spec.ipv6_pool is None else _half(IPv6Network(spec.ipv6_pool), transport, _WIDEST_IPV6)
     return Settings(
         transport=transport,
@@ -95,6 +106,7 @@ def settings(spec: OpenVpnServer, transport: str, certificate: str, *, dual_stac
         tls_crypt=_pem("tls-crypt-v2", spec.tls_crypt),
         certificate=certificate,
         dual_stack=dual_stack,
+        dco=dco and transport == "udp",
     )
 
 
@@ -128,6 +140,7 @@ def parse(text: str) -> Settings:
             tls_crypt=blocks["tls-crypt-v2"],
             certificate=told["cert"][0],
             dual_stack=protocol[3] == "6",
+            dco="disable-dco" not in told,
         )
         again = render(found)
     except (KeyError, IndexError, ValueError) as error:
@@ -167,6 +180,7 @@ def quote(word: str) -> str:
 
 
 def _lines(wanted: Settings) -> Iterator[tuple[str, ...]]:
+    yield from _data_path(wanted)
     yield from _FIXED
     if wanted.transport not in TRANSPORTS or not _CERTIFICATE.fullmatch(wanted.certificate):
         raise UnsafeSettings("an unknown transport or certificate file")
@@ -180,7 +194,7 @@ def _lines(wanted: Settings) -> Iterator[tuple[str, ...]]:
         yield "server-ipv6", str(wanted.ipv6)
     yield "tun-mtu", str(wanted.mtu)
     yield "max-clients", str(wanted.max_clients)
-    yield from _pings(wanted.keepalive)
+    yield from _pings(wanted)
     yield "push", f"redirect-gateway def1{' ipv6' if wanted.ipv6 is not None else ''}"
     for server in wanted.dns:
         yield "push", f"dhcp-option {'DNS6' if ip_address(server).version == 6 else 'DNS'} {server}"
@@ -189,13 +203,24 @@ def _lines(wanted: Settings) -> Iterator[tuple[str, ...]]:
     yield _LAST
 
 
-def _pings(interval: int) -> Iterator[tuple[str, ...]]:
+def _data_path(wanted: Settings) -> Iterator[tuple[str, ...]]:
+    if wanted.dco:
+        yield "dev", wanted.device
+        yield "dev-type", "tun"
+    else:
+        yield "dev", "tun"
+    yield "topology", "subnet"
+    if not wanted.dco:
+        yield ("disable-dco",)
+
+
+def _pings(wanted: Settings) -> Iterator[tuple[str, ...]]:
     """Not `keepalive`, with which a server waits for twice the time that it is told."""
-    timeout = _LOST_PINGS * interval
-    yield "ping", str(interval)
-    yield "ping-restart", str(timeout)
-    yield "push", f"ping {interval}"
-    yield "push", f"ping-restart {timeout}"
+    yield "ping", str(wanted.keepalive)
+    if not wanted.dco:  # the kernel would forget what it counted: then `Server` ends silent sessions
+        yield "ping-restart", str(wanted.patience)
+    yield "push", f"ping {wanted.keepalive}"
+    yield "push", f"ping-restart {wanted.patience}"
 
 
 def _half(pool: Pool, transport: str, widest: int) -> Pool:

@@ -13,7 +13,7 @@ import structlog
 
 from agent import files
 from agent.drivers.base import Admit, DriverError, LiveSession, Notify
-from agent.drivers.openvpn import config, process
+from agent.drivers.openvpn import config, devices, process
 from agent.drivers.openvpn.config import TRANSPORTS, Settings, UnsafeSettings
 from agent.drivers.openvpn.keys import Keys
 from agent.drivers.openvpn.logins import Logins
@@ -45,13 +45,21 @@ class OpenVpn:
     protocol: Final = Protocol.OPENVPN
 
     def __init__(
-        self, directory: Path, *, boot_id: str, admit: Admit, notify: Notify, launcher: Launcher | None = None
+        self,
+        directory: Path,
+        *,
+        boot_id: str,
+        admit: Admit,
+        notify: Notify,
+        launcher: Launcher | None = None,
+        dco: bool = False,
     ) -> None:
         self._directory = directory.absolute()
         self._boot_id = boot_id
         self._notify = notify
         self._launcher = launcher or Detached(self._directory)
         self._dual_stack = _IPV6.exists()
+        self._dco = dco
         self._logins = Logins(admit)
         self._keys = Keys(self._directory)
         self._servers: dict[str, Server] | None = None  # None until those that run have been adopted
@@ -67,11 +75,12 @@ class OpenVpn:
         certificate = await asyncio.to_thread(self._keys.current, spec.ca)
         if certificate is None:
             raise DriverError("the server waits for its certificate from the controller")
+        await self._sweep()
         problems = []
         for transport in TRANSPORTS:
             try:
                 if transport in spec.transports:
-                    await self._settle(config.settings(spec, transport, certificate.name, dual_stack=self._dual_stack))
+                    await self._settle(self._wanted(spec, transport, certificate.name))
                 elif transport in servers:
                     await self._end(servers.pop(transport))
             except (DriverError, UnsafeSettings) as error:
@@ -84,6 +93,7 @@ class OpenVpn:
         servers = await self._running()
         for transport in list(servers):
             await self._end(servers.pop(transport))
+        await self._sweep()
         await asyncio.to_thread(self._tidy, None)
 
     async def credentials(self) -> Mapping[str, Credential]:
@@ -133,6 +143,13 @@ class OpenVpn:
         """Take what the controller has signed. The next `ensure` uses it, but ends no sessions for it alone."""
         await _on_disk(self._keys.install, certificate, ca)
 
+    def _wanted(self, spec: OpenVpnServer, transport: str, certificate: str) -> Settings:
+        return config.settings(spec, transport, certificate, dual_stack=self._dual_stack, dco=self._dco)
+
+    async def _sweep(self) -> None:
+        servers = (await self._running()).values()
+        await devices.remove_others({server.settings.device for server in servers if server.alive})
+
     async def _settle(self, wanted: Settings) -> None:
         """Make the transport's process run with these settings."""
         servers = await self._running()
@@ -176,7 +193,7 @@ class OpenVpn:
         if old is not None and not same_port:
             await self._end(servers.pop(transport))
         servers[transport] = new
-        log.info("openvpn.serves", transport=transport, port=wanted.port)
+        log.info("openvpn.serves", transport=transport, port=wanted.port, offloaded=new.offloaded)
 
     def _check_not_refused(self, wanted: Settings) -> None:
         settings, until, words = self._refused.get(wanted.transport, (None, 0.0, ""))
@@ -235,7 +252,7 @@ class OpenVpn:
         server = self._server(path.stem, settings, management, running)
         try:
             if await server.adopt():
-                log.info("openvpn.adopted", transport=settings.transport, pid=running.pid)
+                log.info("openvpn.adopted", transport=settings.transport, pid=running.pid, offloaded=server.offloaded)
                 return server
         except DriverError as error:
             log.warning("openvpn.not_adopted", transport=settings.transport, error=str(error))

@@ -5,7 +5,7 @@ management-notes.txt of OpenVPN 2.6. Notifications begin with `>` and may come b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address
 
@@ -133,6 +133,11 @@ def table(lines: Iterable[str]) -> list[Row]:
     except (KeyError, IndexError, ValueError) as error:
         raise MalformedMessage("not a table of clients") from error
     return rows
+
+
+def offloaded(lines: Collection[str]) -> bool:
+    """Whether the kernel passes the data, as an answer to `status 3` tells."""
+    return "GLOBAL_STATS\tdco_enabled\t1" in lines
 
 
 def _row(cells: Mapping[str, str]) -> Row:

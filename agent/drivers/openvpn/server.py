@@ -16,7 +16,7 @@ from agent.drivers.openvpn import process
 from agent.drivers.openvpn.config import Settings, quote
 from agent.drivers.openvpn.logins import Logins
 from agent.drivers.openvpn.management import Management
-from agent.drivers.openvpn.messages import ClientEvent, Notice, Row, login_name, remote, table
+from agent.drivers.openvpn.messages import ClientEvent, Notice, Row, login_name, offloaded, remote, table
 from agent.drivers.openvpn.process import Launcher, Process
 
 log = structlog.get_logger(__name__)
@@ -42,6 +42,7 @@ class Client:
     since: int = 0
     rx: int = 0
     tx: int = 0
+    heard: float = field(default_factory=time.monotonic)  # when `rx` last grew
 
 
 class Server:
@@ -61,6 +62,7 @@ class Server:
         self.process = running
         self.settings = settings
         self.name = name
+        self.offloaded = False  # the kernel passes the data
         self._launcher = launcher
         self._boot_id = boot_id
         self._logins = logins
@@ -98,6 +100,10 @@ class Server:
             drained.cancel()
         if not self._serving.is_set():
             raise DriverError(self._words or f"openvpn did not begin to serve within {_START:g} s")
+        if self.settings.dco:
+            await self._look()
+            if not self.offloaded:
+                log.warning("openvpn.not_offloaded", transport=self.settings.transport, missing="module ovpn-dco-v2")
 
     async def adopt(self) -> bool:
         """Learn the clients of a process that another agent started; return whether it serves at all."""
@@ -118,7 +124,13 @@ class Server:
         await self.adopt()
 
     async def sessions(self) -> list[LiveSession]:
+        """Where the kernel passes the data, what passed since the last look is lost with a session that ends by itself:
+        OpenVPN forgets a client before it asks the kernel for its last bytes. One that says goodbye is kept for five
+        seconds, in which a look has them all."""
         await self._look()
+        if self.settings.dco:
+            too_long_ago = time.monotonic() - self.settings.patience
+            await self.disconnect([client for client in self._clients.values() if client.heard < too_long_ago], "")
         return [self._session(client) for client in self._clients.values() if client.established]
 
     def clients(self, *, usernames: Iterable[str] = (), session: str = "") -> list[Client]:
@@ -250,6 +262,7 @@ class Server:
 
     def _take_table(self, lines: list[str]) -> None:
         """Take the counters, and learn who came and went while nobody was attached."""
+        self.offloaded = offloaded(lines)
         rows = {row.cid: row for row in table(lines)}
         for cid, row in rows.items():
             client = self._clients.get(cid)
@@ -301,6 +314,8 @@ def _update(client: Client, row: Row) -> None:
     client.established = True
     client.remote = client.remote or row.remote  # what it was told of has the port in any case
     client.address, client.address6 = row.address, row.address6
+    if row.rx > client.rx:
+        client.heard = time.monotonic()
     client.since, client.rx, client.tx = row.since, row.rx, row.tx
 
 

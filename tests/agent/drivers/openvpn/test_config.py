@@ -21,6 +21,7 @@ from shared.services import OpenVpnServer
 unhurried = hypothesis_settings(deadline=None)
 LABEL = "OpenVPN tls-crypt-v2 server key"
 KEY = encodebytes(bytes(128)).decode().strip()
+IFNAMSIZ = 16  # net/if.h
 CERTIFICATE = "server.0123456789abcdef.pem"
 
 
@@ -80,6 +81,28 @@ def test_the_file_says_what_makes_the_server_safe() -> None:
     assert "explicit-exit-notify" not in tcp
 
 
+def test_the_kernel_passes_data_of_udp_alone_and_only_where_it_is_told_to() -> None:
+    def lines(transport: str, *, dco: bool) -> list[tuple[str, ...]]:
+        return config.read(config.render(config.settings(SPEC, transport, CERTIFICATE, dual_stack=True, dco=dco)))[0]
+
+    assert ("disable-dco",) in lines("udp", dco=False)
+    assert lines("tcp", dco=True) == lines("tcp", dco=False)
+    offloaded = lines("udp", dco=True)
+    assert ("disable-dco",) not in offloaded
+    assert ("push", "ping-restart 60") in offloaded
+    assert "ping-restart" not in {line[0] for line in offloaded}  # the kernel would take the counters along
+
+
+def test_an_offloaded_servers_device_has_a_name_of_its_settings() -> None:
+    first = config.settings(SPEC, "udp", CERTIFICATE, dual_stack=True, dco=True)
+    other = config.settings(msgspec.structs.replace(SPEC, port=1195), "udp", CERTIFICATE, dual_stack=True, dco=True)
+    assert first.device.startswith(config.DEVICES)
+    assert len(first.device) == IFNAMSIZ - 1
+    assert first.device != other.device
+    assert ("dev", first.device) in config.read(config.render(first))[0]
+    assert settings().device == ""
+
+
 HOSTILE = st.text(max_size=60) | st.sampled_from(
     ["x\nscript-security 2\nup /bin/sh", 'a" up "/bin/sh', "\\", "';", "</ca>\nup /bin/sh\n<ca>", "#", "\r\nup x", "\0"]
 )
@@ -98,11 +121,12 @@ NETWORKS6 = st.tuples(st.ip_addresses(v=6), st.integers(32, 123)).map(lambda x: 
     max_clients=st.integers(1, 65535),
     transport=st.sampled_from(config.TRANSPORTS),
     dual_stack=st.booleans(),
+    dco=st.booleans(),
 )
-def test_the_file_is_parsed_back_to_the_settings(transport: str, dual_stack: bool, **fields: object) -> None:
+def test_the_file_is_parsed_back_to_the_settings(transport: str, dual_stack: bool, dco: bool, **fields: object) -> None:
     spec = msgspec.structs.replace(SPEC, **fields)
     spec.check()
-    wanted = config.settings(spec, transport, CERTIFICATE, dual_stack=dual_stack)
+    wanted = config.settings(spec, transport, CERTIFICATE, dual_stack=dual_stack, dco=dco)
     assert config.parse(config.render(wanted)) == wanted
 
 

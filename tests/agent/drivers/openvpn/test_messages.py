@@ -19,6 +19,7 @@ from agent.drivers.openvpn.messages import (
     Notice,
     Reader,
     Row,
+    offloaded,
     remote,
     table,
 )
@@ -125,6 +126,12 @@ def test_the_table_of_clients() -> None:
         Row(1, "bob", "[2001:db8::2]:0", "10.70.0.3", "", 18, 5, 6),
         Row(2, "", "192.0.2.9:1", "", "", 19, 5, 6),
     ]
+
+
+def test_the_table_tells_whether_the_kernel_passes_the_data() -> None:
+    assert offloaded([HEADER, ALICE, "GLOBAL_STATS\tdco_enabled\t1"])
+    assert not offloaded([HEADER, ALICE, "GLOBAL_STATS\tdco_enabled\t0"])
+    assert not offloaded([HEADER, ALICE.replace("alice", "dco_enabled")])
 
 
 def test_columns_are_found_by_their_names() -> None:
