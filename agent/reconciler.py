@@ -75,6 +75,7 @@ class Reconciler:
         self._services.settled, self._services.protect = self._settled, self._convergence.protect
         self._began_to_fail = asyncio.Event()
         self._lock = asyncio.Lock()
+        self.stats_seconds = 0.0  # what the last reading of the counters took, without waiting for its turn
         self._busy_since: float | None = None
 
     # --- for the rest of the agent ---
@@ -131,7 +132,13 @@ class Reconciler:
         if self.interface is None:
             return []
         async with self._turn():
-            return await self._host.stats(self.interface) if self.interface is not None else []
+            if self.interface is None:
+                return []
+            started = time.monotonic()
+            try:
+                return await self._host.stats(self.interface)
+            finally:
+                self.stats_seconds = time.monotonic() - started
 
     async def start(self) -> None:
         """Make the host serve what the disk knows, before anybody is asked."""

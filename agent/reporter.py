@@ -23,6 +23,7 @@ from shared.protocol import Load, PeerStats
 
 _YOUNG_SECONDS = 60  # so long a new peer is looked at often: somebody is waiting to be connected
 _DUTY = 200  # reading takes at most one part in so many of the time, however many peers there are
+_MOST_SECONDS = 30.0  # between two readings that cost much
 _HURRIED_DUTY = 20  # the same while an allowance is about to be used up
 
 Judge = Callable[[Collection[int]], Awaitable[None]]
@@ -86,7 +87,7 @@ class Reporter:
 
     async def poll(self) -> None:
         """Read all counters once, and report what changed."""
-        first, started = not self._polled, time.monotonic()
+        first = not self._polled
         try:
             stats = await self._reconciler.stats()
         except DriverError as error:
@@ -97,7 +98,7 @@ class Reporter:
             return
         self._failing = False
         self._polled = time.monotonic()
-        self._cost = self._polled - started
+        self._cost = self._reconciler.stats_seconds
         earlier = self.latest if self._earlier is None else self._earlier
         if self._take(stats, first):
             # Counters fell: the interface was made anew, and then the report must say so, or a client came back with
@@ -118,7 +119,7 @@ class Reporter:
         horizon = self._allowances.horizon()
         if horizon is not None and horizon < pause:
             return max(horizon, _HURRIED_DUTY * self._cost)
-        return max(pause, _DUTY * self._cost)
+        return max(pause, min(_DUTY * self._cost, _MOST_SECONDS))
 
     async def _part(self, stats: list[PeerStats], peers: Mapping[bytes, Peer]) -> None:
         """Peers are about to be removed: these are their last counters."""

@@ -54,12 +54,17 @@ class ServerCertificate:
         self._driver = cast(NeedsCertificate, serving.driver)
         self._copy = directory / "openvpn.crt"
         self._clock, self._waiting_seconds = clock, waiting_seconds
-        self._answer: asyncio.Queue[Certificate] = asyncio.Queue(1)
+        self._answer: asyncio.Queue[Certificate | None] = asyncio.Queue(1)  # None: the link has begun anew
         self._warned: int | None = None  # days
 
     def take(self, frame: Certificate) -> None:
         if self._answer.empty():
             self._answer.put_nowait(frame)
+
+    def ask_again(self) -> None:
+        """A new link: what was asked on the one before is lost."""
+        if self._answer.empty():
+            self._answer.put_nowait(None)
 
     async def run(self) -> None:
         tries = 0
@@ -82,6 +87,8 @@ class ServerCertificate:
             self._outbox.send(Renew(csr=request, purpose=OPENVPN_SERVER))
             async with asyncio.timeout(_ANSWER_SECONDS):
                 frame = await self._answer.get()
+            if frame is None:
+                return False
             await self._serving.ask(lambda: self._driver.install_certificate(frame.certificate, frame.ca))
             await asyncio.to_thread(files.write_private, self._copy, frame.certificate)
         except TimeoutError:

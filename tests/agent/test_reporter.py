@@ -143,6 +143,15 @@ async def test_sessions_are_counted_from_handshakes(reports: Rig) -> None:
     assert reports.node.counters.sessions == 0
 
 
+async def test_waiting_for_the_host_does_not_slow_the_readings_down(reports: Rig) -> None:
+    before = reports.reporter._pause()
+    async with reports.node.reconciler._turn():
+        polling = asyncio.create_task(reports.reporter.poll())
+        await asyncio.sleep(0.2)
+    await polling
+    assert reports.reporter._pause() <= max(before, 5)
+
+
 async def test_host_that_does_not_answer_is_survived(reports: Rig) -> None:
     reports.node.wireguard.failing["stats"] = DriverError("interrupted")
     assert await reports.poll() == []

@@ -128,3 +128,16 @@ async def test_certificate_that_the_driver_refuses_is_asked_for_again(rig: Rig) 
         await until(lambda: rig.needy.installed)
     finally:
         running.cancel()
+
+
+async def test_certificate_is_asked_for_again_on_a_new_link(rig: Rig) -> None:
+    running = asyncio.create_task(rig.keeper.run())
+    try:
+        await asked(rig.outbox.open())
+        rig.outbox.close()
+        queue = rig.outbox.open()
+        rig.keeper.ask_again()
+        rig.keeper.take(rig.answer(await asked(queue)))
+        await until(lambda: rig.needy.installed)
+    finally:
+        running.cancel()
