@@ -20,6 +20,7 @@ from agent.keeper import Keeper
 from agent.ledger import Ledger
 from agent.link import Link, Outbox
 from agent.load import PROC, LoadReader
+from agent.logins import SERVER_KINDS
 from agent.metrics import MetricsServer, all_lines
 from agent.notify import Notifier
 from agent.reconciler import Reconciler
@@ -66,6 +67,9 @@ class Agent:
             config.protocols,
             open_service
             or open_driver(config.directory, boot_id, config.openvpn_units, openvpn_dco=config.openvpn_dco),
+            given_up=[
+                name for name in SERVER_KINDS if name not in config.protocols and (config.directory / name).is_dir()
+            ],
             recheck_seconds=config.recheck_seconds,
         )
         self._ledger = Ledger(config.directory)

@@ -104,23 +104,26 @@ class Services:
     """`admit` and `noticed` are set by the keeper of sessions, `settled` and `protect` by the reconciler."""
 
     def __init__(
-        self, protocols: Collection[Protocol], open_driver: OpenDriver | None = None, *, recheck_seconds: float = 30
+        self,
+        protocols: Collection[Protocol],
+        open_driver: OpenDriver | None = None,
+        *,
+        given_up: Collection[Protocol] = (),
+        recheck_seconds: float = 30,
     ) -> None:
+        """`given_up` are protocols that this host served once and does not now: what runs of them is stopped."""
         self.protocols = tuple(protocols)
+        self._open_driver = open_driver
+        self._given_up = tuple(given_up)
         self.host_keys: list[str] = []
         self.admit: Callable[[Protocol, str], str | None] = lambda _protocol, _username: None
         self.noticed: Callable[[], None] = lambda: None
         self.settled: Callable[[Serving, Outcome], Awaitable[None]] = _nobody_waits
         self.protect: Callable[[], Awaitable[str | None]] = _unprotected
         self._logins = Logins({}, 0)
+        self._recheck_seconds = recheck_seconds
         self._serving = {
-            protocol: Serving(
-                self._opened(protocol, open_driver),
-                protect=self._protected,
-                settled=self._round_ended,
-                recheck_seconds=recheck_seconds,
-                served=protocol in protocols,
-            )
+            protocol: self._made(self._opened(protocol) if protocol in protocols else Unserved(protocol))
             for protocol in SERVER_KINDS
         }
 
@@ -194,6 +197,8 @@ class Services:
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
+            for protocol in self._given_up:
+                tasks.create_task(self._stop(protocol))
             for serving in self._serving.values():
                 tasks.create_task(serving.run())
 
@@ -202,11 +207,32 @@ class Services:
             with contextlib.suppress(DriverError):
                 await serving.close()
 
-    def _opened(self, protocol: Protocol, open_driver: OpenDriver | None) -> ServiceDriver:
-        if open_driver is None or protocol not in self.protocols:
+    async def _stop(self, protocol: Protocol) -> None:
+        """Stop what an earlier agent left running: the settings do not name its protocol any more."""
+        serving = self._made(self._opened(protocol))
+        try:
+            await serving.ask(serving.driver.stop)
+            log.info("server_given_up", protocol=str(protocol))
+        except DriverError as error:
+            log.error("server_not_stopped", protocol=str(protocol), error=str(error))
+        finally:
+            with contextlib.suppress(DriverError):
+                await serving.close()
+
+    def _made(self, driver: ServiceDriver) -> Serving:
+        return Serving(
+            driver,
+            protect=self._protected,
+            settled=self._round_ended,
+            recheck_seconds=self._recheck_seconds,
+            served=driver.protocol in self.protocols,
+        )
+
+    def _opened(self, protocol: Protocol) -> ServiceDriver:
+        if self._open_driver is None:
             return Unserved(protocol)
         try:
-            return open_driver(
+            return self._open_driver(
                 protocol, lambda username: self.admit(protocol, username), lambda: self._noticed(protocol)
             )
         except Exception as error:  # a library that is missing, or a bug: the other protocols need none of it

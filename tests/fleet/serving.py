@@ -60,8 +60,8 @@ class Serving:
         assert server.stdout is not None
         assert server.stdout.readline() == "ready\n"
 
-    def start_agent(self) -> None:
-        self.fleet.start_agent(PROTOCOLS=self._protocols, LOG_LEVEL="debug")
+    def start_agent(self, protocols: str = "") -> None:
+        self.fleet.start_agent(PROTOCOLS=protocols or self._protocols, LOG_LEVEL="debug")
 
     # --- the administrator ---
 

@@ -177,6 +177,29 @@ def test_a_server_that_cannot_start_says_so_and_the_others_go_on(serving: Servin
     fleet.wait(lambda: "ssh" in serving.statuses("running"), "SSH does not recover")
 
 
+def test_a_protocol_that_the_settings_no_longer_name_is_stopped(serving: Serving) -> None:
+    fleet = serving.fleet
+    serving.user("iris", "ssh")
+    client = serving.ssh("iris")
+    serving.wait_on("iris", ["ssh"])
+    openvpn = serving.connect("openvpn")
+    fleet.stop_agent()
+    assert client.poll() is None
+    serving.start_agent("wireguard,openvpn")
+    serving.ended(client)
+    serving.ended(serving.ssh("iris"))
+    fleet.wait(lambda: "server_given_up" in fleet.logs(), "the agent does not say that it stopped SSH")
+    fleet.wait(lambda: serving.on("iris") == [], "the session is still shown")
+    assert "iris" not in fleet.node.run("cat", "/etc/passwd")
+    assert serving.download(MEGABYTE) == MEGABYTE
+    assert fleet.live()[openvpn["connection_id"]]["status"] == "connected"
+    fleet.stop_agent()
+    serving.start_agent()
+    fleet.wait(lambda: "ssh" in serving.statuses("running"), "SSH does not come back")
+    serving.ssh("iris")
+    serving.wait_on("iris", ["ssh"])
+
+
 def test_a_speed_limit_holds_on_every_protocol(serving: Serving) -> None:
     number = next(user["id"] for user in serving.admin("GET", "/users")["users"] if user["username"] == "alice")
     serving.admin("PUT", f"/users/{number}", {"rate_down": 8_000_000})
