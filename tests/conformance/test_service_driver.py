@@ -240,6 +240,20 @@ async def test_a_starting_driver_adopts_the_server_with_its_sessions(agent: Agen
     assert (await agent.until_ended(before.id)).rx >= after.rx
 
 
+async def test_sessions_are_told_before_the_server_is_ensured(agent: Agent, rig: Rig) -> None:
+    await agent.serve("alice")
+    client = await connected(rig, "alice")
+    before = await agent.one("alice")
+
+    await agent.restart()
+
+    assert (await agent.one("alice")).id == before.id
+    await agent.serve("alice")
+    assert (await agent.one("alice")).id == before.id
+    assert await passes(client)
+    assert agent.ended == []
+
+
 async def test_ensuring_again_touches_nothing(agent: Agent, rig: Rig) -> None:
     await agent.serve("alice")
     client = await connected(rig, "alice")

@@ -43,6 +43,7 @@ class Ssh:
         self._tuns = Tuns()
         self._spec: SshServer | None = None
         self._sessions = Sessions(directory / "sessions.json", self._sshd.log, boot_id, notify)
+        self._adopted = False
         self._watcher: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
         self._saves_fail = False
@@ -62,10 +63,8 @@ class Ssh:
         await self._counters.ensure(spec.port)
         await self._tuns.bring((await self._tuns_of(None)).values())
         await self._sshd.ensure(spec, group=GROUP, key_directory=self._accounts.key_directory)
-        if self._watcher is None:
-            await self._adopt()
-        else:
-            await self._take(await asyncio.to_thread(processes.all_sessions))
+        await self._adopt()
+        await self._take(await asyncio.to_thread(processes.all_sessions))
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch(), name="ssh sessions")
 
@@ -120,6 +119,7 @@ class Ssh:
     # --- sessions ---
 
     async def sessions(self) -> list[LiveSession]:
+        await self._adopt()  # whoever asks before the first `ensure` must not take the sessions for gone
         await self._look()
         if self._spec is not None and self._spec.tun:
             self._sessions.locate(await asyncio.to_thread(_addresses, self._spec, self._sessions.without_address()))
@@ -138,9 +138,12 @@ class Ssh:
     # --- watching ---
 
     async def _adopt(self) -> None:
-        await self._sessions.load()
-        await self._take(await asyncio.to_thread(processes.all_sessions), admitted=True)
-        await self._sessions.settle()
+        """The first time: those that an agent before this one let in."""
+        if not self._adopted:
+            await self._sessions.load()
+            await self._take(await asyncio.to_thread(processes.all_sessions), admitted=True)
+            await self._sessions.settle()
+            self._adopted = True
 
     async def _watch(self) -> None:
         failing = False
