@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ from controller.store.types import new_id
 from controller.tunnels.tables import AllocationRow, ConnectionRow
 from shared.desired import Peer
 from tests.support.host import Host
-from tests.support.netns import wait_until
+from tests.support.netns import Running, wait_until
 
 CONTROLLER, NODE = "192.0.2.1", "192.0.2.2"
 API_PORT = 8080
@@ -57,7 +56,7 @@ class Stack:
         self._core = core
         self._agent = ("env", f"PYTHONPATH={Path(__file__).parent.parent}", python, "-m", "agent")
         self.count = peers
-        self.agent: subprocess.Popen[Any] | None = None
+        self.agent: Running | None = None
 
     def __enter__(self) -> Self:
         try:

@@ -29,12 +29,13 @@ import yaml
 from shared.keys import PrivateKey
 from tests.fleet.tunnel import Tunnel
 from tests.support.host import Host
-from tests.support.netns import Namespace, unique, wait_until
+from tests.support.netns import Namespace, Running, unique, wait_until
 
 CLIENT, NODE = "192.0.2.2", "192.0.2.1"
 NODE_OUTSIDE, INTERNET = "198.51.100.2", "198.51.100.1"
 NODE_INSIDE, CONTROLLER = "203.0.113.2", "203.0.113.1"
 INTERFACE = "sky0"
+IN_GUEST = os.environ.get("SKYNETVPN_KERNEL_TESTS") == "1"
 PATIENCE = 30.0 * int(os.environ.get("SKYNETVPN_TEST_SLOWDOWN", "1"))  # seconds; other work may keep the machine busy
 _API_PORT = 8080
 _MANY = 1_000_000_000
@@ -77,27 +78,31 @@ class Template:
 
 
 def make_template(directory: Path) -> Template:
-    """By the command lines, as an operator does it."""
-    password = secrets.token_urlsafe(16)
     with Host("ctl") as controller, Host("node") as node:
         controller.namespace.connect(node.namespace, f"{CONTROLLER}/24", f"{NODE_INSIDE}/24")
-        program, home = script("skynetvpn-controller"), directory / "controller"
-        listen = ("--listen", f"127.0.0.1:{_API_PORT}", "--node-listen", f"{CONTROLLER}:8443")
-        controller.run(program, "init", "--dir", str(home), *listen)
-        settings = home / "controller.yaml"
-        limits = {"rate_limits": {"skynet": {"requests": _MANY, "auth_requests": _MANY}}}
-        settings.write_text(yaml.safe_dump(yaml.safe_load(settings.read_text()) | limits))
-        config = ("--config", str(settings))
-        service = controller.start(directory / "controller.log", program, "run", *config)
-        user = ("--email", "alice@example.org", "--plan", "enterprise", "--password-stdin")
-        controller.run(program, "user", "add", "alice", *user, *config, stdin=f"{password}\n")
-        place = ("--name", "fra1", "--country", "DE", "--city", "Frankfurt", "--endpoint", NODE)
-        token = controller.run(program, "node", "token", *place, *config).strip()
-        wait_until(lambda: "controller.ready" in (directory / "controller.log").read_text(), PATIENCE)
-        enrol = ("enroll", "--token", "-", "--dir", str(directory / "agent"))
-        node.run(script("skynetvpn-agent"), *enrol, stdin=token)
+        template, service = install(controller, node, directory)
         controller.namespace.end(service)
-    return Template(directory, password, token)
+    return template
+
+
+def install(controller: Host, node: Host, directory: Path, **settings: object) -> tuple[Template, Running]:
+    """By the command lines, as an operator does it; the controller, which has these settings, runs on."""
+    password = secrets.token_urlsafe(16)
+    program, home = script("skynetvpn-controller"), directory / "controller"
+    listen = ("--listen", f"127.0.0.1:{_API_PORT}", "--node-listen", f"{CONTROLLER}:8443")
+    controller.run(program, "init", "--dir", str(home), *listen)
+    file = home / "controller.yaml"
+    limits = {"rate_limits": {"skynet": {"requests": _MANY, "auth_requests": _MANY}}}
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | limits | settings))
+    config = ("--config", str(file))
+    service = controller.start(directory / "controller.log", program, "run", *config)
+    user = ("--email", "alice@example.org", "--plan", "enterprise", "--password-stdin")
+    controller.run(program, "user", "add", "alice", *user, *config, stdin=f"{password}\n")
+    place = ("--name", "fra1", "--country", "DE", "--city", "Frankfurt", "--endpoint", NODE)
+    token = controller.run(program, "node", "token", *place, *config).strip()
+    wait_until(lambda: "controller.ready" in (directory / "controller.log").read_text(), PATIENCE)
+    node.run(script("skynetvpn-agent"), "enroll", "--token", "-", "--dir", str(directory / "agent"), stdin=token)
+    return Template(directory, password, token), service
 
 
 @dataclass(slots=True)
@@ -107,20 +112,21 @@ class Installation:
     template: Template
     directory: Path
     stack: ExitStack
+    hosts: type[Host] = Host
     controller: Host = field(init=False)
     node: Host = field(init=False)
     client: Host = field(init=False)
     internet: Namespace = field(init=False)
     home: Path = field(init=False)  # of the controller, as it sees it
     agent_home: Path = field(init=False)
-    service: subprocess.Popen[Any] | None = None
-    agent: subprocess.Popen[Any] | None = None
+    service: Running | None = None
+    agent: Running | None = None
     token: str = ""
     server_id: str = ""
 
     def __post_init__(self) -> None:
-        self.controller = self.stack.enter_context(Host("ctl"))
-        self.client = self.stack.enter_context(Host("client"))
+        self.controller = self.stack.enter_context(self.hosts("ctl"))
+        self.client = self.stack.enter_context(self.hosts("client"))
         self.internet = self.stack.enter_context(Namespace("inet"))
         self.home, self.agent_home = self.directory / "controller", self.directory / "agent"
         self.plug_in_node()
@@ -141,13 +147,14 @@ class Installation:
 
     def plug_in_node(self) -> None:
         """A freshly booted host: no interface, no rule, no process; the cables of the one before are gone with it."""
-        self.node = self.stack.enter_context(Host("node"))
+        self.node = self.stack.enter_context(self.hosts("node"))
         # An /etc of its own, because SSH makes system accounts there. It is on the host's disk: a reboot keeps it.
-        etc = self.directory / "etc"
-        if not etc.exists():
-            shutil.copytree("/etc", etc, symlinks=True)
-            etc.chmod(0o755)
-        self.node.run("mount", "--bind", str(etc), "/etc")
+        if not IN_GUEST:  # what is written there is lost in any case
+            etc = self.directory / "etc"
+            if not etc.exists():
+                shutil.copytree("/etc", etc, symlinks=True)
+                etc.chmod(0o755)
+            self.node.run("mount", "--bind", str(etc), "/etc")
         self.client.namespace.connect(self.node.namespace, f"{CLIENT}/24", f"{NODE}/24")
         self.node.namespace.connect(self.internet, f"{NODE_OUTSIDE}/24", f"{INTERNET}/24")
         self.controller.namespace.connect(self.node.namespace, f"{CONTROLLER}/24", f"{NODE_INSIDE}/24")

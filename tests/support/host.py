@@ -11,11 +11,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from tests.support.netns import Namespace, wait_until
+from tests.support.netns import Namespace, Running, wait_until
 
-_SECONDS = 60.0 * int(os.environ.get("SKYNETVPN_TEST_SLOWDOWN", "1"))
+SECONDS = 60.0 * int(os.environ.get("SKYNETVPN_TEST_SLOWDOWN", "1"))
 
 
 class Host:
@@ -42,12 +42,17 @@ class Host:
     @property
     def root(self) -> Path:
         """The host's files as this process sees them."""
-        return Path(f"/proc/{self._holder.pid}/root")
+        return Path(f"/proc/{self.holder}/root")
 
-    def run(self, *argv: str, stdin: str | None = None, timeout: float = _SECONDS, check: bool = True) -> str:
+    @property
+    def holder(self) -> int:
+        """The process that keeps the host's namespaces."""
+        return self._holder.pid
+
+    def run(self, *argv: str, stdin: str | None = None, timeout: float = SECONDS, check: bool = True) -> str:
         return self.namespace.run(*self._inside(argv), stdin=stdin, timeout=timeout, check=check)
 
-    def start(self, log: Path, *argv: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[Any]:
+    def start(self, log: Path, *argv: str, env: Mapping[str, str] | None = None) -> Running:
         """Start a program that appends what it says to `log`; it ends with the host at the latest."""
         with log.open("ab") as output:
             return self.namespace.popen(
@@ -55,7 +60,7 @@ class Host:
             )
 
     def _inside(self, argv: tuple[str, ...]) -> tuple[str, ...]:
-        return ("nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", *argv)
+        return ("nsenter", f"--mount=/proc/{self.holder}/ns/mnt", *argv)
 
     def _program(self) -> str:
-        return Path(f"/proc/{self._holder.pid}/comm").read_text().strip()
+        return Path(f"/proc/{self.holder}/comm").read_text().strip()

@@ -21,10 +21,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import IO, Any, Protocol, Self, TypeVar
 
 T = TypeVar("T")
 
+# Between two looks: asking without a pause would take the time that the slow processor needs to come to an answer.
+_PAUSE = 0.01 * int(os.environ.get("SKYNETVPN_TEST_SLOWDOWN", "1")) ** 2
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -40,7 +42,22 @@ def wait_until(condition: Callable[[], object], timeout: float = 10) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not true within {timeout} s")
-        time.sleep(0.01)
+        time.sleep(_PAUSE)
+
+
+class Running(Protocol):
+    """A program of ours that runs: what is used of subprocess.Popen."""
+
+    pid: int
+    stdin: IO[Any] | None
+    stdout: IO[Any] | None
+    stderr: IO[Any] | None
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
 
 
 class CommandFailed(AssertionError):
@@ -105,7 +122,7 @@ class Namespace:
         self._children.append(child)
         return child
 
-    def end(self, child: subprocess.Popen[Any], timeout: float = 10) -> None:
+    def end(self, child: Running, timeout: float = 10) -> None:
         """Stop a child of `popen`: SIGTERM, then SIGKILL when the time is over."""
         if child.poll() is None:
             child.terminate()
