@@ -13,7 +13,7 @@ import pytest
 from agent.drivers.base import DriverError, LiveSession, ServiceDriver
 from tests.support.l2tp import L2tpRig
 from tests.support.openssh import SshRig
-from tests.support.openvpn import OpenVpnRig, OpenVpnUnitsRig
+from tests.support.openvpn import OpenVpnDcoRig, OpenVpnRig, OpenVpnUnitsRig
 from tests.support.rig import Rig, ServiceClient
 
 RIGS = [
@@ -22,6 +22,14 @@ RIGS = [
     pytest.param(SshRig, id="ssh", marks=pytest.mark.netns),
     pytest.param(L2tpRig, id="l2tp", marks=[pytest.mark.netns, pytest.mark.kernel]),
 ]
+
+
+# What depends on who passes the data; tests/kernel has the rest of it.
+by_any_data_path = pytest.mark.parametrize(
+    "rig",
+    [*RIGS, pytest.param(OpenVpnDcoRig, id="openvpn-dco", marks=[pytest.mark.netns, pytest.mark.kernel])],
+    indirect=True,
+)
 
 
 @pytest.fixture(params=RIGS)
@@ -106,6 +114,7 @@ async def passes(client: ServiceClient) -> bool:
     return await asyncio.to_thread(client.passes)
 
 
+@by_any_data_path
 async def test_a_client_gets_in_is_counted_and_reported_once_when_it_left(agent: Agent, rig: Rig) -> None:
     began = int(time.time())
     await agent.serve("alice")
@@ -177,6 +186,7 @@ async def test_what_the_host_would_let_in_is_read_back(agent: Agent, rig: Rig) -
     assert set(await agent.driver.credentials()) == {"alice", "carol"}
 
 
+@by_any_data_path
 async def test_taking_a_login_away_ends_its_sessions_and_no_other(agent: Agent, rig: Rig) -> None:
     await agent.serve("alice", "bob")
     alice, bob = await connected(rig, "alice"), await connected(rig, "bob")
@@ -193,6 +203,7 @@ async def test_taking_a_login_away_ends_its_sessions_and_no_other(agent: Agent, 
     assert await asyncio.to_thread(rig.client("alice").refused)
 
 
+@by_any_data_path
 async def test_a_kick_ends_one_session_and_the_login_stays(agent: Agent, rig: Rig) -> None:
     await agent.serve("alice", "bob")
     alice, bob = await connected(rig, "alice"), await connected(rig, "bob")
@@ -265,6 +276,7 @@ async def test_ensuring_again_touches_nothing(agent: Agent, rig: Rig) -> None:
     assert await passes(client)
 
 
+@by_any_data_path
 async def test_changed_settings_are_taken_over(agent: Agent, rig: Rig) -> None:
     await agent.serve("alice")
     await agent.driver.ensure(rig.changed_spec())
@@ -279,6 +291,7 @@ async def test_a_port_that_is_taken_is_named_and_used_when_it_is_free(agent: Age
     await connected(rig, "alice")
 
 
+@by_any_data_path
 async def test_a_stopped_server_has_no_sessions_and_lets_nobody_in(agent: Agent, rig: Rig) -> None:
     await agent.serve("alice")
     client = await connected(rig, "alice")

@@ -337,6 +337,9 @@ class OpenVpnDcoRig(OpenVpnRig):
         super().__exit__(kind, error, trace)
         wait_until(self._unloaded, 60)  # the kernel takes its time to clear the namespaces away
 
+    def spec(self, **changes: Any) -> OpenVpnServer:
+        return super().spec(**{"transports": ("udp",), **changes})  # TCP is never offloaded
+
     @staticmethod
     def _unloaded() -> bool:
         subprocess.run(("rmmod", DCO_MODULE.stem), capture_output=True, check=False)
