@@ -118,8 +118,10 @@ class Rtnl:
         payload = _ifinfo(link.index) + u32(_IFLA_MTU, mtu)
         await self._channel.request(f"set the MTU of {link.name} to {mtu}", _RTM_NEWLINK, payload)
 
-    async def set_up(self, link: Link) -> None:
+    async def set_up(self, link: Link, alias: str | None = None) -> None:
         payload = _IFINFOMSG.pack(socket.AF_UNSPEC, 0, link.index, _IFF_UP, _IFF_UP)
+        if alias is not None:
+            payload += _alias(alias)
         await self._channel.request(f"bring {link.name} up", _RTM_NEWLINK, payload)
 
     async def delete_link(self, link: Link) -> None:

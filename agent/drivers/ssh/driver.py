@@ -61,12 +61,12 @@ class Ssh:
         self._spec = spec
         await self._accounts.prepare()
         await self._counters.ensure(spec.port)
-        await self._tuns.bring((await self._tuns_of(None)).values())
         await self._sshd.ensure(spec, group=GROUP, key_directory=self._accounts.key_directory)
         await self._adopt()
         await self._take(await asyncio.to_thread(processes.all_sessions))
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch(), name="ssh sessions")
+        await self._tuns.bring((await self._tuns_of(None)).values())  # last: without them TCP forwarding serves
 
     async def stop(self) -> None:
         await self._stop_watching()

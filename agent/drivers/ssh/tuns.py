@@ -14,12 +14,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.drivers.base import DriverError, Unsupported
+from agent.drivers.base import DriverError
 from agent.drivers.netlink.rtnl import Link, Rtnl
 from agent.drivers.ssh.passwd import UIDS
 from shared.services import TUN_PREFIX, SshTunnel
 
-CLONE = Path("/dev/net/tun")
+_CLONE = Path("/dev/net/tun")
 _KIND = "tun"
 # linux/if_tun.h
 _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
@@ -56,7 +56,11 @@ class Tuns:
         known = {tun.name: tun for tun in wanted}
         right = {name for name, tun in known.items() if name in there and tun.is_as_made(there[name])}
         await self._open().delete_links([link for name, link in there.items() if name not in right])
-        await self._make([tun for name, tun in known.items() if name not in right])
+        failed = await self._make([tun for name, tun in known.items() if name not in right])
+        if failed:
+            raise DriverError(
+                f"{len(failed)} of {len(known)} tun devices cannot be made: {next(iter(failed.values()))}"
+            )
 
     async def put(self, wanted: Mapping[str, Tun]) -> dict[str, str]:
         """Have these, too; return by the same keys why some are not there."""
@@ -68,13 +72,8 @@ class Tuns:
                 missing[key] = tun
                 stale += [link] if link is not None and _is_ours(link) else []
         await self._open().delete_links(stale)
-        failed: dict[str, str] = {}
-        for key, tun in missing.items():
-            try:
-                await self._make([tun])
-            except DriverError as error:
-                failed[key] = str(error)
-        return failed
+        failed = await self._make(missing.values())
+        return {key: failed[tun.name] for key, tun in missing.items() if tun.name in failed}
 
     async def remove(self, gone: Collection[Tun]) -> None:
         """A device that has another owner by now stays."""
@@ -92,37 +91,43 @@ class Tuns:
             self._rtnl = Rtnl()
         return self._rtnl
 
-    async def _make(self, tuns: Collection[Tun]) -> None:
-        if tuns:
-            await asyncio.to_thread(_create, tuns)
-        rtnl = self._open()
-        for tun in tuns:
-            link = await rtnl.link(tun.name)
-            if link is None:
-                raise DriverError(f"{tun.name} disappeared as soon as it was made")
-            await rtnl.add_address(link, f"{tun.tunnel.server}/32", tun.tunnel.client)
-            await rtnl.set_up(link)
-            await rtnl.set_alias(link, tun.alias)  # last: what is half done is not as it should be
+    async def _make(self, tuns: Collection[Tun]) -> dict[str, str]:
+        """Return by their names why some could not be made."""
+        failed = await asyncio.to_thread(_create, tuns)
+        made = [tun for tun in tuns if tun.name not in failed]
+        links = {link.name: link for link in await self._open().links(_KIND)} if made else {}
+        for tun in made:
+            try:
+                link = links.get(tun.name)
+                if link is None:
+                    raise DriverError(f"{tun.name} disappeared as soon as it was made")
+                await self._open().add_address(link, f"{tun.tunnel.server}/32", tun.tunnel.client)
+                await self._open().set_up(link, tun.alias)  # last: what is half done is not as it should be
+            except DriverError as error:
+                failed[tun.name] = str(error)
+        return failed
 
 
 def _is_ours(link: Link) -> bool:
     return link.name.startswith(TUN_PREFIX) and link.owner in UIDS
 
 
-def _create(tuns: Collection[Tun]) -> None:
+def _create(tuns: Collection[Tun]) -> dict[str, str]:
+    """Without address, and down; return by their names why some could not be made."""
+    failed: dict[str, str] = {}
     for tun in tuns:
         try:
-            descriptor = os.open(CLONE, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(_CLONE, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise Unsupported(
-                f"tun devices need {CLONE} ({error.strerror}): load the module tun, or turn `tun` off"
-            ) from error
+            failed[tun.name] = f"{_CLONE}: {error.strerror}: load the module tun, or turn `tun` off"
+            continue
         try:
             flags = _IFF_TUN | _IFF_NO_PI | _IFF_TUN_EXCL
             fcntl.ioctl(descriptor, _TUNSETIFF, _IFREQ.pack(tun.name.encode(), flags))
             fcntl.ioctl(descriptor, _TUNSETOWNER, tun.uid)
             fcntl.ioctl(descriptor, _TUNSETPERSIST, 1)
         except OSError as error:
-            raise DriverError(f"{tun.name} cannot be made: {error.strerror}") from error
+            failed[tun.name] = f"{tun.name} cannot be made: {error.strerror}"
         finally:
             os.close(descriptor)
+    return failed
