@@ -6,6 +6,7 @@ PYTHON := $(VENV)/bin/python
 SYSTEM := requirements/install-system
 RUNTIME_PACKAGES := wireguard-go wireguard-tools nftables iproute2 iputils-ping procps
 PROTOCOL_PACKAGES := openvpn openssh-server openssh-client charon-systemd libstrongswan-standard-plugins xl2tpd ppp
+DEMO_PACKAGES := openvpn openssh-server openssh-client curl
 TEST_PACKAGES := $(RUNTIME_PACKAGES) $(PROTOCOL_PACKAGES) curl iperf3 sshpass systemd
 MACHINE_PACKAGES := $(RUNTIME_PACKAGES) $(PROTOCOL_PACKAGES)
 BENCH_PACKAGES := $(TEST_PACKAGES) wrk prometheus-node-exporter strace
@@ -31,6 +32,7 @@ up: install ## controller and one node on this machine, in the foreground
 	@$(VENV)/bin/skynetvpn up
 
 demo: install ## the whole main job once, in network namespaces; the exit status tells
+	@$(SYSTEM) $(DEMO_PACKAGES)
 	@$(PYTHON) -m tests.demo
 
 test: check pytest test-kernel ## everything that must hold

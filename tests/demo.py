@@ -28,6 +28,7 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 from typing import Any
 
+from tests.support.host import Host
 from tests.support.netns import CommandFailed, Namespace, unique, wait_until
 
 INTERNET, NODE_OUTSIDE = "198.51.100.1", "198.51.100.2"
@@ -35,7 +36,9 @@ NODE, CLIENT = "192.0.2.1", "192.0.2.2"
 CONTROLLER, NODE_INSIDE = "203.0.113.1", "203.0.113.2"
 API = "http://127.0.0.1:8080"
 BODY = secrets.token_bytes(1 << 20)
-PROGRAMS = ("ip", "nft", "ping", "wg", "wireguard-go")
+PROGRAMS = ("curl", "ip", "nft", "openvpn", "ping", "ssh", "sshd", "wg", "wireguard-go")
+PROTOCOLS = ("openvpn", "ssh", "wireguard")
+PROXY = "127.0.0.1:1080"
 LAST_LINES = 15
 
 
@@ -83,11 +86,12 @@ class Demo:
         self.steps = Steps()
         self.directory = directory
         self.controller = stack.enter_context(Namespace("ctl"))
-        self.node = stack.enter_context(Namespace("node"))
+        self.host = stack.enter_context(Host("node"))
+        self.node = self.host.namespace
         self.client = stack.enter_context(Namespace("client"))
         self.internet = stack.enter_context(Namespace("inet"))
         self.interface = unique("dem")
-        self.server_id = self.connection_id = ""
+        self.connection_id = self.token = ""
         self._stack = stack
 
     def run(self) -> None:
@@ -99,19 +103,21 @@ class Demo:
         with step("start the controller"):
             self.start(self.controller, "controller", "skynetvpn-controller", "run", "--config", self.settings)
             self.wait(lambda: self.ready(), "the controller is not ready")
-        with step("add a user"):
-            password = secrets.token_urlsafe(16)
-            options = ("--email", "alice@example.org", "--role", "user", "--password-stdin")
-            self.controller_command("user", "add", "alice", *options, "--config", self.settings, stdin=f"{password}\n")
+        password = secrets.token_urlsafe(16)
+        with step("add a user and an administrator"):
+            for name, role in (("alice", "user"), ("boss", "admin")):
+                options = ("--email", f"{name}@example.org", "--role", role, "--plan", "pro", "--password-stdin")
+                self.controller_command("user", "add", name, *options, "--config", self.settings, stdin=f"{password}\n")
         with step("make a join token"):
             place = ("--name", "fra1", "--country", "DE", "--city", "Frankfurt", "--endpoint", NODE)
             token = self.controller_command("node", "token", *place, "--config", self.settings)
         with step("enrol the node"):
             agent = str(self.directory / "agent")
-            self.node.run(script("skynetvpn-agent"), "enroll", "--token", "-", "--dir", agent, stdin=token)
+            served = ("--protocols", ",".join(PROTOCOLS))
+            self.host.run(script("skynetvpn-agent"), "enroll", "--token", "-", "--dir", agent, *served, stdin=token)
         with step("start the node's agent"):
-            run = ("skynetvpn-agent", "run", "--config", f"{agent}/agent.yaml")
-            self.start(self.node, "agent", *run, SKYNETVPN_AGENT_POLL_SECONDS="0.5")
+            run = (script("skynetvpn-agent"), "run", "--config", f"{agent}/agent.yaml")
+            self.host.start(self.directory / "agent.log", *run, env={"SKYNETVPN_AGENT_POLL_SECONDS": "0.5"})
         with step("log in"):
             self.cli("login", "--url", API, "--password-stdin", "alice", stdin=f"{password}\n")
         with step("list servers until one is online"):
@@ -135,6 +141,19 @@ class Demo:
             links = self.client.run("ip", "-o", "link")
             self.expect(self.interface not in links, f"{self.interface} is still there")
             self.expect(self.status() == [], "the connection is still listed")
+        with step("log in as the administrator"):
+            answer = self.panel("POST", "/auth/login", {"username": "boss", "password": password})
+            self.token = answer["access_token"]
+            self.wait(self.serving, "the node does not serve all protocols")
+        for protocol in PROTOCOLS:
+            with step(f"connect by {protocol}"):
+                self.connect_by(protocol)
+        with step("one list of sessions"):
+            self.wait(lambda: self.sessions() == sorted(PROTOCOLS), "a session is missing")
+        with step("fetch 1 MiB through SSH's proxy"):
+            self.fetch_by_proxy()
+        with step("one kick"):
+            self.kick()
 
     @property
     def settings(self) -> str:
@@ -144,6 +163,9 @@ class Demo:
         return ("--listen", API.removeprefix("http://"), "--node-listen", f"{CONTROLLER}:8443")
 
     def lay_cables(self) -> None:
+        etc = self.directory / "etc"  # of the node alone: SSH makes system accounts there
+        shutil.copytree("/etc", etc, symlinks=True)
+        self.host.run("mount", "--bind", str(etc), "/etc")
         self.client.connect(self.node, f"{CLIENT}/24", f"{NODE}/24")
         self.node.connect(self.internet, f"{NODE_OUTSIDE}/24", f"{INTERNET}/24")
         self.controller.connect(self.node, f"{CONTROLLER}/24", f"{NODE_INSIDE}/24")
@@ -168,6 +190,18 @@ class Demo:
         program = ("env", *variables, script("skynetvpn"), "-o", "json")
         answer = self.controller.run(*program, *argv, stdin=stdin, timeout=60)
         return json.loads(answer)
+
+    def panel(self, method: str, path: str, body: object = None) -> Any:
+        """Ask the API of the administrators' panel."""
+        with self.controller.entered():
+            connection = http.client.HTTPConnection("127.0.0.1", 8080, timeout=10)
+            headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+            connection.request(method, f"/irssh/api{path}", json.dumps(body) if body is not None else None, headers)
+            answer = connection.getresponse()
+            text = answer.read()
+            connection.close()
+        self.expect(answer.status < 300, f"{method} {path}: {answer.status} {text.decode()}")
+        return json.loads(text)
 
     def ready(self) -> bool:
         with self.controller.entered():
@@ -213,6 +247,37 @@ class Demo:
         began = time.monotonic()
         self.wait(lambda: not self.reaches_internet(), "packets still pass", timeout=3)
         self.steps.detail = f"none passes {time.monotonic() - began:.1f} s after the API's answer"
+
+    def serving(self) -> bool:
+        found = {one["name"]: one["status"] for one in self.panel("GET", "/protocols")["protocols"]}
+        self.steps.detail = ", ".join(f"{name} {status}" for name, status in sorted(found.items()))
+        return all(found[name] == "running" for name in PROTOCOLS)
+
+    def connect_by(self, protocol: str) -> None:
+        summary = self.cli("connect", "--protocol", protocol, "--netns", self.client.name)
+        self.expect(summary["status"] == "connected", f"the connection is {summary['status']}")
+        self.steps.detail = str(summary["endpoint"])
+
+    def sessions(self) -> list[str]:
+        """The protocols by which alice is on."""
+        rows = self.panel("GET", "/monitoring/users")["connections"]
+        found = sorted(row["protocol"] for row in rows if row["username"] == "alice")
+        self.steps.detail = f"alice is on by {', '.join(found)}"
+        return found
+
+    def fetch_by_proxy(self) -> None:
+        """Only the name of the proxy says which way: the tunnels have the routes."""
+        argv = ("curl", "-s", "-o", "/dev/null", "-w", "%{size_download}", "--socks5-hostname", PROXY)
+        told = self.client.run(*argv, f"http://{INTERNET}/")
+        self.expect(int(told) == len(BODY), f"{told} bytes came")
+
+    def kick(self) -> None:
+        """Throw the account out of everything that it is on by."""
+        (number,) = [user["id"] for user in self.panel("GET", "/users")["users"] if user["username"] == "alice"]
+        began = time.monotonic()
+        self.panel("POST", f"/users/{number}/kick")
+        self.wait(lambda: not self.sessions(), "a session lives on", timeout=3)
+        self.steps.detail = f"all three sessions ended {time.monotonic() - began:.1f} s after the call"
 
     def status(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.cli("status")

@@ -17,6 +17,10 @@ STEPS = (
     "fetch 1 MiB through the tunnel",
     "status: connected, traffic counted",
     "packets stop",
+    "connect by openvpn",
+    "connect by ssh",
+    "fetch 1 MiB through SSH's proxy",
+    "one kick",
     "clean up",
 )
 
@@ -32,4 +36,5 @@ def test_the_whole_main_job() -> None:
     for step in STEPS:
         assert any(line.startswith("✓") and f"s  {step}" in line for line in lines), f"{step}:\n{done.stdout}"
     assert "the internet saw 198.51.100.2" in done.stdout
+    assert "alice is on by openvpn, ssh, wireguard" in done.stdout
     assert lines[-1].startswith("all of it works")
