@@ -65,8 +65,7 @@ class Agent:
         host = Host(open_wireguard or chosen, firewall or Nftables(), key, public_key)
         self.services = Services(
             config.protocols,
-            open_service
-            or open_driver(config.directory, boot_id, config.openvpn_units, openvpn_dco=config.openvpn_dco),
+            open_service or open_driver(config, boot_id),
             given_up=[
                 name for name in SERVER_KINDS if name not in config.protocols and (config.directory / name).is_dir()
             ],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import structlog
 
+from agent.config import Config
 from agent.drivers.base import (
     Admit,
     DriverError,
@@ -31,19 +31,19 @@ OpenDriver = Callable[[Protocol, Admit, Notify], ServiceDriver]
 log = structlog.get_logger()
 
 
-def open_driver(
-    directory: Path, boot_id: str, openvpn_units: Path | None = None, *, openvpn_dco: bool = False
-) -> OpenDriver:
+def open_driver(config: Config, boot_id: str) -> OpenDriver:
     """Make drivers of this host, loading only the code of the protocols that are asked for."""
 
     def opened(protocol: Protocol, admit: Admit, notify: Notify) -> ServiceDriver:
-        place = directory / protocol
+        place = config.directory / protocol
         match protocol:
             case Protocol.OPENVPN:
                 from agent.drivers.openvpn import OpenVpn, Units
 
-                launcher = None if openvpn_units is None else Units(place, openvpn_units)
-                return OpenVpn(place, boot_id=boot_id, admit=admit, notify=notify, launcher=launcher, dco=openvpn_dco)
+                units = Units(place, config.openvpn_units) if config.openvpn_units is not None else None
+                return OpenVpn(
+                    place, boot_id=boot_id, admit=admit, notify=notify, launcher=units, dco=config.openvpn_dco
+                )
             case Protocol.SSH:
                 from agent.drivers.ssh import Ssh
 
