@@ -23,7 +23,9 @@ import msgspec
 import pytest
 
 from agent.drivers.base import Admit, LiveSession, Notify, ServiceDriver
+from agent.drivers.nftables import Nftables
 from agent.drivers.ssh import Ssh
+from agent.services import tunnels_of
 from shared import crypt
 from shared.access import Credential
 from shared.resource import Protocol
@@ -36,6 +38,8 @@ NODE_INSIDE, FAR = "198.51.100.1", "198.51.100.2"
 PORT, ECHO_PORT = 2222, 7000
 PASSWORD = "correct horse"
 SPEC = SshServer(port=PORT, ipv4_pool="10.70.0.0/24")
+TUN = msgspec.structs.replace(SPEC, tcp_forwarding=False, tun=True)
+NUMBER = 7  # of alice's tun device
 
 _CLONE_FS, _CLONE_NEWNS, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x200, 0x20000, 4096, 16384, 1 << 18
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -304,6 +308,17 @@ async def driver(net: Net) -> AsyncIterator[Ssh]:
     yield made
     for opened in net.opened:
         await opened.close()
+
+
+@pytest.fixture
+async def tun(driver: Ssh) -> Ssh:
+    """Serving tun devices only, with the packet filter of the agent, and alice's device."""
+    tunnels = tunnels_of(TUN)
+    assert tunnels is not None
+    await Nftables().apply([], [tunnels])
+    await driver.ensure(TUN)
+    assert await driver.put([alice(tunnel=NUMBER)]) == {}
+    return driver
 
 
 class Client:

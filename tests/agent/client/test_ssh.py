@@ -15,15 +15,14 @@ import msgspec
 import pytest
 
 from agent.client.profile import Profile
-from agent.drivers.nftables import Nftables
 from agent.drivers.ssh import Ssh
-from agent.services import tunnels_of
 from controller.access.ssh import SshConfig
 from shared.services import SshServer
 from tests.support.netns import wait_until
-from tests.support.openssh import ECHO_PORT, FAR, NODE, PASSWORD, PORT, SPEC, Net, alice, connect
+from tests.support.openssh import ECHO_PORT, FAR, NODE, NUMBER, PASSWORD, PORT, TUN, Net, connect
 from tests.support.openssh import driver as driver
 from tests.support.openssh import net as net
+from tests.support.openssh import tun as tun
 
 from .conftest import (
     Cli,
@@ -36,8 +35,7 @@ from .conftest import (
 )
 
 PROXY = "127.0.0.1:1080"
-TUN = msgspec.structs.replace(SPEC, tcp_forwarding=False, tun=True)
-FOUND = TUN.tunnel(7)
+FOUND = TUN.tunnel(NUMBER)
 assert FOUND is not None
 OWN = {
     "number": FOUND.number,
@@ -71,17 +69,6 @@ async def material(driver: Ssh, **changes: Any) -> dict[str, Any]:
         "tun": False,
         "tunnel": None,
     } | changes
-
-
-@pytest.fixture
-async def tun(driver: Ssh) -> Ssh:
-    """Serving tun devices only, with the packet filter of the agent, and alice's device."""
-    tunnels = tunnels_of(TUN)
-    assert tunnels is not None
-    await Nftables().apply([], [tunnels])
-    await driver.ensure(TUN)
-    assert await driver.put([alice(tunnel=7)]) == {}
-    return driver
 
 
 def through_tunnel(net: Net) -> bytes:

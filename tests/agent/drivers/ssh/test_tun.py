@@ -14,16 +14,16 @@ import pytest
 
 from agent.drivers.base import Allowed, DriverError
 from agent.drivers.limits import KernelLimits
-from agent.drivers.nftables import Nftables
 from agent.drivers.ssh import Ssh
-from agent.services import tunnels_of
 from shared.services import SshTunnel
 from tests.support.netns import CommandFailed, Namespace
 from tests.support.openssh import (
     ECHO_PORT,
     FAR,
     NODE_INSIDE,
+    NUMBER,
     SPEC,
+    TUN,
     Net,
     alice,
     begun,
@@ -34,9 +34,6 @@ from tests.support.openssh import (
 )
 
 pytestmark = pytest.mark.netns
-
-TUN = msgspec.structs.replace(SPEC, tcp_forwarding=False, tun=True)
-NUMBER = 7
 
 
 def tunnel(number: int = NUMBER) -> SshTunnel:
@@ -49,18 +46,6 @@ def devices(namespace: Namespace) -> dict[str, dict[str, Any]]:
     """The tun devices by name; of each what stays the same while it lives."""
     found = json.loads(namespace.run("ip", "-j", "-d", "link", "show", "type", "tun"))
     return {link["ifname"]: {key: link.get(key) for key in ("ifindex", "ifalias", "linkinfo")} for link in found}
-
-
-@pytest.fixture
-async def tun(net: Net, driver: Ssh) -> Ssh:
-    """Serving tun devices only, with the packet filter of the agent, and alice's device."""
-    found = tunnels_of(TUN)
-    assert found is not None
-    firewall = Nftables()
-    await firewall.apply([], [found])
-    await driver.ensure(TUN)
-    assert await driver.put([alice(tunnel=NUMBER)]) == {}
-    return driver
 
 
 class Tunnel:
