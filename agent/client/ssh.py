@@ -17,7 +17,7 @@ from agent.client.profile import LocalTunnel
 from agent.client.tunnel import Counters, ping
 from agent.config import split_address
 from agent.drivers import commands
-from agent.drivers.base import DriverError
+from agent.drivers.base import DeviceMissing, DriverError
 from agent.drivers.netlink.routing import lead_through, let_go
 from agent.drivers.netlink.rtnl import Rtnl
 from shared.access import MAX_TUNNEL, USERNAME, parse_ssh_key
@@ -81,10 +81,17 @@ async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[Loca
     local = msgspec.structs.replace(local, addresses=(f"{own.address}/32",))
     save(local)
     await _start(local, material, ["-w", f"{number}:{own.number}"])
-    await namespace.within(local.netns, lambda: _set_up(local, own, f"tun{number}", routes=routes))
-    await ping(own.server_address, local.netns)  # by then ssh has the server's answer: refused, it ends
+    # Refused by the server, ssh ends, and the device with it: at any moment until the server has answered.
+    refused = Failure(f"{local.server} refuses the tunnel: is the login in use by another one?")
+    try:
+        await namespace.within(local.netns, lambda: _set_up(local, own, f"tun{number}", routes=routes))
+    except DriverError as error:
+        if isinstance(error, DeviceMissing) or programs.running(local) is None:
+            raise refused from error
+        raise
+    await ping(own.server_address, local.netns)
     if await counters(local) is None:
-        raise Failure(f"{local.server} refuses the tunnel: is the login in use by another one?")
+        raise refused
     if routes and own.dns:
         used = await resolver.use(own.dns, local.interface, local.netns)
         local = msgspec.structs.replace(local, resolver=used)
@@ -166,7 +173,7 @@ async def _set_up(local: LocalTunnel, own: SshTunnel, device: str, *, routes: bo
     try:
         link = await rtnl.link(device)
         if link is None:
-            raise Failure(f"{local.server} ended the session as soon as it had begun")
+            raise DeviceMissing(f"{device} is gone")
         await rtnl.rename(link, local.interface)
         await rtnl.add_address(link, f"{own.address}/32", IPv4Address(own.server_address))
         await rtnl.set_up(link)
