@@ -50,9 +50,15 @@ def told() -> asyncio.Event:
 
 
 @pytest.fixture
-async def driver(rig: OpenVpnDcoRig, told: asyncio.Event) -> AsyncIterator[OpenVpn]:
+def refusals() -> dict[str, str]:
+    """What `admit` answers."""
+    return {}
+
+
+@pytest.fixture
+async def driver(rig: OpenVpnDcoRig, told: asyncio.Event, refusals: dict[str, str]) -> AsyncIterator[OpenVpn]:
     """Each test adopts the server that the last one left."""
-    made = rig.driver(lambda username: None, told.set)
+    made = rig.driver(refusals.get, told.set)
     if await made.certificate_request() is not None:
         await rig.prepare(made)
     await serve(made, rig)
@@ -62,6 +68,10 @@ async def driver(rig: OpenVpnDcoRig, told: asyncio.Event) -> AsyncIterator[OpenV
 
     await until(nobody)  # whom the last test left: OpenVPN takes five seconds for a farewell
     yield made
+    for pid in rig.far.pids():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGCONT)
     await made.close()
 
 
@@ -144,7 +154,9 @@ async def test_every_byte_is_counted_over_an_agents_death_until_the_client_leave
     assert 0 <= left - last.tx - before[1] <= 200
 
 
-async def test_a_kick_ends_the_traffic_and_its_last_bytes_are_counted(driver: OpenVpn, rig: OpenVpnDcoRig) -> None:
+async def test_a_kick_ends_the_traffic_and_its_last_bytes_are_counted(
+    driver: OpenVpn, rig: OpenVpnDcoRig, refusals: dict[str, str]
+) -> None:
     client = await connected(rig)
     before = await uncounted(driver, rig)
     (session,) = await driver.sessions()
@@ -155,11 +167,11 @@ async def test_a_kick_ends_the_traffic_and_its_last_bytes_are_counted(driver: Op
 
     await until(flows)
     arrived, left = on_the_wire(rig)
+    refusals["alice"] = "not now"  # a client that comes back by itself would be in again at once
     await driver.kick(session.id)
     _, last_left = on_the_wire(rig)
     assert not await asyncio.to_thread(client.passes)
     rig.far.end(flood)
-    client.end()
     last = await ended(driver)
     assert last.id == session.id
     assert last.rx >= arrived - before[0]
@@ -168,7 +180,7 @@ async def test_a_kick_ends_the_traffic_and_its_last_bytes_are_counted(driver: Op
 
 
 async def test_the_speed_of_an_account_is_limited(driver: OpenVpn, rig: OpenVpnDcoRig) -> None:
-    client = await connected(rig)
+    await connected(rig)
     (before,) = await driver.sessions()
     limits = KernelLimits()
     try:
@@ -182,7 +194,6 @@ async def test_the_speed_of_an_account_is_limited(driver: OpenVpn, rig: OpenVpnD
         await limits.close()
     passed = (after.tx - before.tx) * 8
     assert RATE * SECONDS / 2 < passed < RATE * took * 1.3  # the queue begins with a burst
-    await asyncio.to_thread(client.end)
 
 
 def flood(address: str, seconds: float) -> None:
@@ -203,9 +214,6 @@ async def test_the_session_of_a_silent_client_ends_with_every_byte(driver: OpenV
     last = await ended(driver)
     assert on_the_wire(rig)[0] - last.rx == before[0]
     assert last.rx > 20 * PING
-    for pid in rig.far.pids():
-        os.kill(pid, signal.SIGCONT)
-    client.end()
 
 
 def server_pid(rig: OpenVpnDcoRig) -> int:
