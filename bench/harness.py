@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+MARK = "bench-results: "  # before the results that another process prints
 _BEGIN, _END = "<!-- figures -->", "<!-- end of figures -->"
 
 Side = Callable[[], Awaitable[float]]  # one run of one side: what it took, or achieved
@@ -195,7 +196,7 @@ def published(page: str, figures: str) -> str:
 
 
 def load_results(text: str) -> list[Result]:
-    """Results that another process printed as JSON (the guest)."""
+    """Results that another process printed as JSON (the guest), behind MARK."""
     return [
         Result(
             **{

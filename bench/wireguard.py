@@ -23,14 +23,13 @@ from agent.host import Host
 from agent.reconciler import Guard, Reconciler
 from agent.state import State
 from bench import material
-from bench.harness import Goal, Ratio, Result, absolute, compared, dump_results, interleaved, not_measured
+from bench.harness import MARK, Goal, Ratio, Result, absolute, compared, dump_results, interleaved, not_measured
 from bench.strace import sets_sent
 from shared.desired import Interface, Kind, Peer, encode
 from shared.keys import PrivateKey, encode_key
 from shared.protocol import Applied, Frame, Resource, Snapshot, Welcome
 from tests.support.netns import Namespace, unique
 
-MARK = "bench-results: "
 _PORT = 51900
 _SCOPE, _EPOCH = "node:bench", "bench"
 _PYROUTE2_PEERS = 200

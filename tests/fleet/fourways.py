@@ -38,6 +38,9 @@ class FourWays:
 
     def __init__(self, directory: Path, stack: ExitStack, protocols: tuple[str, ...] = PROTOCOLS) -> None:
         self._directory, self._stack, self._protocols = directory, stack, protocols
+        self.lac: L2tpClient | None = None
+        self._openvpn: Running | None = None
+        self._ssh: Running | None = None
         warm_up()
         ciphers = threading.Thread(target=_load_ciphers)
         ciphers.start()
@@ -87,6 +90,11 @@ class FourWays:
 
     # --- alice ---
 
+    def used(self) -> int:
+        """Bytes, of her quota."""
+        used: int = self.admin("GET", f"/users/{self.account}")["used_bytes"]
+        return used
+
     def config(self, protocol: str, form: str = "json") -> Any:
         """The client's settings for a new connection."""
         wanted = {"server_id": self.fleet.server_id, "protocol": protocol}
@@ -102,11 +110,14 @@ class FourWays:
         return self._stack.enter_context(Tunnel(self.fleet.client, self._directory / "wgc.conf", conf)).interface
 
     def openvpn(self) -> str:
+        """The second call connects again, as for L2TP."""
         path, log = self._directory / "client.ovpn", self._directory / "openvpn.log"
-        path.touch(mode=0o600)
-        path.write_text(self.config("openvpn", "conf"))
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_text(self.config("openvpn", "conf"))
         options = ("--dev", "tunc", "--dev-type", "tun", "--route-nopull", "--remap-usr1", "SIGTERM")
-        self.fleet.client.start(log, "openvpn", "--config", str(path), *options)
+        log.write_bytes(b"")
+        self._openvpn = self.fleet.client.start(log, "openvpn", "--config", str(path), *options)
         self.fleet.wait(lambda: "Initialization Sequence Completed" in log.read_text(), "OpenVPN does not connect")
         return "tunc"
 
@@ -117,22 +128,25 @@ class FourWays:
         known.write_text("".join(f"[{NODE}]:{file['port']} {key}\n" for key in file["host_keys"]))
         options = ("-o", f"UserKnownHostsFile={known}", "-o", "PubkeyAuthentication=no", "-p", str(file["port"]))
         argv = ("sshpass", "-e", "ssh", "-F", "none", "-N", "-D", PROXY[1], *options, f"{file['username']}@{NODE}")
-        client = self.fleet.client.start(self._directory / "ssh.log", *argv, env={"SSHPASS": file["password"]})
+        self._ssh = self.fleet.client.start(self._directory / "ssh.log", *argv, env={"SSHPASS": file["password"]})
         self.fleet.wait(self._proxied, "SSH does not connect")
-        return client
+        return self._ssh
 
-    def l2tp(self) -> L2tpClient:
-        """Connected; `redial` brings it back."""
-        client = L2tpClient(self.fleet.client.namespace, self._directory / "lac", NODE)
-        client.start()
-        self._l2tp = self.config("l2tp")
-        client.secure(self._l2tp["psk"])
-        self.redial(client)
-        return client
+    def l2tp(self) -> str:
+        """The second call dials again."""
+        if self.lac is None:
+            self.lac = L2tpClient(self.fleet.client.namespace, self._directory / "lac", NODE)
+            self.lac.start()
+            self._l2tp = self.config("l2tp")
+            self.lac.secure(self._l2tp["psk"])
+        self.lac.dial(self._l2tp["username"], self._l2tp["password"])
+        self.lac.wait_for_address()
+        return self.lac.interface()
 
-    def redial(self, client: L2tpClient) -> None:
-        client.dial(self._l2tp["username"], self._l2tp["password"])
-        client.wait_for_address()
+    def ended(self) -> bool:
+        """Whether none of her programs that would be ended by a kick is there."""
+        programs = [program for program in (self._openvpn, self._ssh) if program is not None]
+        return all(program.poll() is not None for program in programs) and not (self.lac and self.lac.ppp())
 
     def reaches(self, interface: str) -> bool:
         asked = ("ping", "-n", "-c", "1", "-W", "2", "-I", interface, INTERNET)
