@@ -145,8 +145,9 @@ def _association(server: IPv4Address) -> dict[str, object]:
             "children": {
                 "l2tp": {
                     "mode": "transport",
-                    "local_ts": [f"dynamic[udp/{L2TP_PORT}]"],
-                    "remote_ts": [f"dynamic[udp/{L2TP_PORT}]"],
+                    # UDP by its number: where netbase is not installed no file knows the name.
+                    "local_ts": [f"dynamic[17/{L2TP_PORT}]"],
+                    "remote_ts": [f"dynamic[17/{L2TP_PORT}]"],
                     "esp_proposals": ["aes256gcm16", "aes256-sha256"],
                     "start_action": "trap",
                 }

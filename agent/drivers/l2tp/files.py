@@ -164,8 +164,9 @@ def connection() -> dict[str, object]:
             "children": {
                 "l2tp": {
                     "mode": "transport",
-                    "local_ts": [f"dynamic[udp/{L2TP_PORT}]"],
-                    "remote_ts": ["dynamic[udp]"],
+                    # UDP by its number: where netbase is not installed no file knows the name.
+                    "local_ts": [f"dynamic[17/{L2TP_PORT}]"],
+                    "remote_ts": ["dynamic[17]"],
                     "esp_proposals": _ESP,
                     "rekey_time": "0s",
                     "dpd_action": "clear",

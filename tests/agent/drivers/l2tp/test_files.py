@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Iterator
 from ipaddress import IPv4Network, ip_address
@@ -153,6 +154,11 @@ def test_no_file_but_the_secrets_holds_a_secret(spec: L2tpServer) -> None:
     marked = L2tpServer(psk="the-pre-shared-key", ipv4_pool=spec.ipv4_pool, dns=spec.dns, mtu=spec.mtu)
     texts = [xl2tpd_conf(marked), ppp_options(marked), strongswan_conf(Path("/x")), ruleset(), *hooks().values()]
     assert not any("the-pre-shared-key" in text for text in texts)
+
+
+def test_selectors_name_the_protocol_by_number() -> None:
+    """A Debian without netbase has no /etc/protocols: charon would refuse a name there."""
+    assert re.findall(r"dynamic\[([a-z0-9]+)", str(connection())) == ["17", "17"]
 
 
 def test_only_what_is_safe_is_proposed() -> None:
