@@ -8,7 +8,6 @@ RUNTIME_PACKAGES := wireguard-go wireguard-tools nftables iproute2 iputils-ping 
 PROTOCOL_PACKAGES := openvpn openssh-server openssh-client charon-systemd libstrongswan-standard-plugins xl2tpd ppp
 DEMO_PACKAGES := openvpn openssh-server openssh-client curl
 TEST_PACKAGES := $(RUNTIME_PACKAGES) $(PROTOCOL_PACKAGES) curl iperf3 sshpass systemd
-MACHINE_PACKAGES := $(RUNTIME_PACKAGES) $(PROTOCOL_PACKAGES)
 BENCH_PACKAGES := $(TEST_PACKAGES) wrk prometheus-node-exporter strace
 CHECKED := controller agent shared tests bench
 
@@ -44,12 +43,11 @@ check: $(VENV)/.installed ## format, lint, types
 
 pytest: install
 	@$(SYSTEM) $(TEST_PACKAGES)
-	@tests/systemd/setup $(MACHINE_PACKAGES)
+	@tests/systemd/setup $(RUNTIME_PACKAGES) $(PROTOCOL_PACKAGES)
 	@$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not kernel"
 
 test-kernel: install ## the tests that need WireGuard and L2TP in the kernel, in a virtual machine
 	@$(SYSTEM) $(TEST_PACKAGES)
-	@tests/systemd/setup $(MACHINE_PACKAGES)
 	@tests/vm/setup
 	@# Collected outside first: this writes the byte code that the slow guest would compile anew each time.
 	@env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -m pytest --collect-only -q -m kernel >/dev/null
