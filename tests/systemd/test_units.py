@@ -90,6 +90,11 @@ def test_the_manager_watches_and_restarts_the_service(service: str) -> None:
     assert found["StartLimitIntervalSec"] == ["0"]
 
 
+@pytest.mark.parametrize("service", ["skynetvpn-agent", "skynetvpn-openvpn@"])
+def test_clients_do_not_run_into_the_limit_of_descriptors(service: str) -> None:
+    assert settings(service)["LimitNOFILE"] == ["65536"]
+
+
 def test_only_the_agent_has_a_capability_and_only_one() -> None:
     assert settings("skynetvpn-agent")["CapabilityBoundingSet"] == ["CAP_NET_ADMIN"]
     assert settings("skynetvpn-agent")["AmbientCapabilities"] == ["CAP_NET_ADMIN"]
