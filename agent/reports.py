@@ -51,6 +51,7 @@ class Reports:
         self._gone: dict[bytes, PeerStats] = {}  # the last counters of peers that were removed
         self._gone_sent: set[bytes] = set()
         self._pending: dict[int, _Sent] = {}
+        self._link = 0  # counts the links
         self._complete = False  # whether this link has been told every live session
         self._sending = asyncio.Lock()
 
@@ -64,6 +65,7 @@ class Reports:
             if not self._outbox.connected:
                 return
             self._give_up_waiting()
+            link = self._link
             complete = self.sessions_known and not self._complete
             sessions = self._sessions.news(complete=complete)
             complete = complete and len(sessions) <= _MOST_LIVE
@@ -72,12 +74,12 @@ class Reports:
             gone = [peer for key, peer in self._gone.items() if key not in self._gone_sent]
             first = _Sent(0, peers[:_CHUNK], gone[:_CHUNK], sessions[: self._first(complete)], usage, complete)
             if complete or load is not None or first.peers or first.gone or first.sessions or usage:
-                await self._send(first, load)
+                await self._send(link, first, load)
             for start in range(_CHUNK, max(len(peers), len(gone)), _CHUNK):
                 part = slice(start, start + _CHUNK)
-                await self._send(_Sent(0, peers[part], gone[part]))
+                await self._send(link, _Sent(0, peers[part], gone[part]))
             for start in range(self._first(complete), len(sessions), _CHUNK):
-                await self._send(_Sent(0, sessions=sessions[start : start + _CHUNK]))
+                await self._send(link, _Sent(0, sessions=sessions[start : start + _CHUNK]))
 
     async def farewell(self, stats: Sequence[PeerStats]) -> None:
         """Report the last counters of peers that are removed now, before the removal is acknowledged."""
@@ -111,14 +113,17 @@ class Reports:
             self._unsent(sent)
         self._pending.clear()
         self._allowances.unsent()
+        self._link += 1
         self._complete = False
 
     @staticmethod
     def _first(complete: bool) -> int:
         return _MOST_LIVE if complete else _CHUNK
 
-    async def _send(self, sent: _Sent, load: Load | None = None) -> None:
+    async def _send(self, link: int, sent: _Sent, load: Load | None = None) -> None:
         sequence = await self._state.next_sequence()
+        if link != self._link:
+            return  # the link has ended meanwhile: nothing of this was told, and the next one is told all of it
         sent.at = time.monotonic()
         self._pending[sequence] = sent
         self._reported |= {peer.public_key: peer for peer in sent.peers}

@@ -69,6 +69,29 @@ async def reports(tmp_path: Path) -> AsyncIterator[Rig]:
         yield Rig(node)
 
 
+async def test_what_a_link_did_not_live_to_be_told_is_told_on_the_next(
+    reports: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, asked, go = reports.node.state, asyncio.Event(), asyncio.Event()
+    number = state.next_sequence
+
+    async def slow() -> int:
+        asked.set()
+        await go.wait()
+        return await number()
+
+    monkeypatch.setattr(state, "next_sequence", slow)
+    reports.peer(1).rx = 10
+    polling = asyncio.create_task(reports.reporter.poll())
+    await asked.wait()
+    reports.outbox.close()
+    reports.reports.disconnected()
+    go.set()
+    await polling
+    reports.queue = reports.outbox.open()
+    assert [item.rx for item in await reports.poll()] == [10]
+
+
 async def test_only_peers_with_news_are_reported(reports: Rig) -> None:
     assert await reports.poll() == []
     reports.peer(1).rx = 10
