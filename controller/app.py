@@ -63,6 +63,7 @@ from controller.usage.granting import Granting, rebalance
 from controller.usage.limits import Limits, Refresh
 from controller.usage.sessions import Sessions
 from shared import __version__
+from shared.services import most_tunnels
 
 SHUTDOWN_TIMEOUT = 5.0  # seconds that open requests have to end
 IDLE_TIMEOUT = 75.0  # seconds that a connection may go without a whole request head
@@ -138,7 +139,7 @@ async def services(config: Config) -> AsyncIterator[Services]:
         keys = await load_keys(database)  # first of all: with other secrets than before nothing may be written
         passwords = Passwords(config.passwords)
         stack.callback(passwords.close)
-        access = Access(passwords, Peers(pool).refresh)
+        access = Access(passwords, Peers(pool).refresh, tunnels=most_tunnels(settings.pools.ssh_ipv4))
         changes = PasswordChanges(passwords, [access])
         accounts = Accounts(database, passwords, session_life=timedelta(hours=config.login_hours), changes=changes)
         administration = Administration(database, changes, [end_account, access.end_account])
@@ -190,6 +191,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
             pool=_pool(config),
             dns=config.tunnel.dns,
             cool_down=timedelta(seconds=config.tunnel.cool_down_seconds),
+            ssh_tunnels=most_tunnels(config.protocols.ssh.ipv4_pool),
         ),
         max_connections=config.max_connections,
         hold_account=hold_account,

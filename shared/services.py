@@ -112,7 +112,12 @@ class SshServer(msgspec.Struct, frozen=True, kw_only=True):
 
     def most_tunnels(self) -> int:
         """The largest number that the pool has an address for."""
-        return min(IPv4Network(self.ipv4_pool).num_addresses - 3, MAX_TUNNEL)
+        return most_tunnels(self.ipv4_pool)
+
+
+def most_tunnels(ipv4_pool: str) -> int:
+    """The largest number of an SSH login that the pool has an address for."""
+    return min(IPv4Network(ipv4_pool).num_addresses - 3, MAX_TUNNEL)
 
 
 class L2tpServer(msgspec.Struct, frozen=True, kw_only=True):

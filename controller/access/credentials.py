@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import aliased
 
 from controller.access.logins import Login
 from controller.access.standing import Standing
@@ -20,6 +21,7 @@ from shared.access import Credential
 from shared.desired import Kind
 from shared.resource import Protocol
 
+TUNNELS = 65_533  # numbers of SSH logins that a /16 has addresses for
 _TRIES = 32
 
 
@@ -79,12 +81,15 @@ def secret_of(tx: Transaction, row: CredentialRow) -> str:
     return tx.secrets.open(row.sealed_secret, **_place(row, "sealed_secret")).decode()
 
 
-async def put(tx: Transaction, rows: Iterable[CredentialRow], standing: Standing) -> dict[str, int]:
-    """Let the nodes have them; return the revision of each scope."""
+async def put(
+    tx: Transaction, rows: Iterable[CredentialRow], standing: Standing, tunnels: int = TUNNELS
+) -> dict[str, int]:
+    """Let the nodes have them; return the revision of each scope. SSH logins have numbers up to `tunnels`, while there
+    are enough."""
     rows = list(rows)
     for row in rows:
         if row.protocol == Protocol.SSH and row.tunnel is None:
-            row.tunnel = await _free_tunnel(tx.session)
+            row.tunnel = await _free_tunnel(tx.session, tunnels)
     await tx.session.flush()
     return {
         scope: await desired.put(tx, scope, [_payload(tx, row, standing) for row in found])
@@ -92,9 +97,9 @@ async def put(tx: Transaction, rows: Iterable[CredentialRow], standing: Standing
     }
 
 
-async def bring(tx: Transaction, rows: Sequence[CredentialRow], standing: Standing) -> None:
+async def bring(tx: Transaction, rows: Sequence[CredentialRow], standing: Standing, tunnels: int = TUNNELS) -> None:
     """Let the nodes have those that the account may use now, and no others."""
-    await put(tx, [row for row in rows if standing.admits(row.protocol)], standing)
+    await put(tx, [row for row in rows if standing.admits(row.protocol)], standing, tunnels)
     await withdraw(tx, [row for row in rows if not standing.admits(row.protocol)])
 
 
@@ -121,13 +126,19 @@ async def end_connections(tx: Transaction, connection_ids: Sequence[str]) -> dic
     return await delete(tx, rows.all())
 
 
-async def _free_tunnel(session: AsyncSession) -> int:
-    """A number that no login has: a gap where some tries find one, else the next. Two look-ups, however many there are,
-    and numbers that stay about as small as the logins are many."""
-    largest = await session.scalar(sa.select(sa.func.max(CredentialRow.tunnel))) or 0
-    tries = random.sample(range(1, largest + 1), min(largest, _TRIES))
-    taken = await session.scalars(sa.select(CredentialRow.tunnel).where(CredentialRow.tunnel.in_(tries)))
-    return min(set(tries).difference(taken), default=largest + 1)
+async def _free_tunnel(session: AsyncSession, most: int) -> int:
+    """A number that no login has. Any: replies to the flows of a login that has just gone still come to the address of
+    its number, which the next login shall hardly get. Where most are taken, the smallest."""
+    tries = random.sample(range(1, most + 1), min(most, _TRIES))
+    taken = set(await session.scalars(sa.select(CredentialRow.tunnel).where(CredentialRow.tunnel.in_([1, *tries]))))
+    free = [number for number in tries if number not in taken]
+    if free or 1 not in taken:
+        return free[0] if free else 1
+    following = aliased(CredentialRow)
+    smallest = sa.select(sa.func.min(CredentialRow.tunnel) + 1).where(
+        ~sa.exists().where(following.tunnel == CredentialRow.tunnel + 1)
+    )
+    return await session.scalar(smallest) or 1
 
 
 def _payload(tx: Transaction, row: CredentialRow, standing: Standing) -> Credential:

@@ -29,12 +29,15 @@ class Access:
     """The logins of accounts, one of each protocol, good on every node that offers it.
 
     They have the account's name and password. `refresh_peers(tx, user id, standing)` does for WireGuard what
-    `refresh` does for logins.
+    `refresh` does for logins. `tunnels` is how many addresses SSH has.
     """
 
-    def __init__(self, passwords: Passwords, refresh_peers: RefreshPeers) -> None:
+    def __init__(
+        self, passwords: Passwords, refresh_peers: RefreshPeers, *, tunnels: int = credentials.TUNNELS
+    ) -> None:
         self._passwords = passwords
         self._refresh_peers = refresh_peers
+        self._tunnels = tunnels
 
     async def prepare(self, password: str, protocols: Collection[str] | None = None) -> Secrets:
         """The slow part of a new password, outside of any transaction. Where the protocols that it is for are known,
@@ -87,7 +90,8 @@ class Access:
             _refuse("password", prepared.problem(protocol))
             credentials.set_secret(tx, own[protocol], prepared.of(protocol))
         if own:
-            await credentials.bring(tx, list(own.values()), await standing_of(tx.session, user))
+            standing = await standing_of(tx.session, user)
+            await credentials.bring(tx, list(own.values()), standing, self._tunnels)
 
     async def refresh(self, tx: Transaction, user_id: str) -> None:
         """Bring the nodes to what the account may do now. Where it is blocked, or may no longer use a protocol, its
@@ -95,7 +99,7 @@ class Access:
         """
         user = await _user(tx, user_id)
         standing = await standing_of(tx.session, user)
-        await credentials.bring(tx, await credentials.of_account(tx.session, user_id), standing)
+        await credentials.bring(tx, await credentials.of_account(tx.session, user_id), standing, self._tunnels)
         await self._refresh_peers(tx, user_id, standing)
 
     async def end_account(self, tx: Transaction, user_id: str, reason: str) -> None:

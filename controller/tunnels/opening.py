@@ -62,7 +62,8 @@ class Opened:
 
 
 class Opener:
-    """`hold_account(tx, user_id)` locks the account until the commit, and raises where it may not connect any more."""
+    """`hold_account(tx, user_id)` locks the account until the commit, and raises where it may not connect any more.
+    `tunnels` is how many addresses SSH has."""
 
     def __init__(
         self,
@@ -71,12 +72,14 @@ class Opener:
         pool: Pool,
         cool_down: timedelta,
         hold_account: HoldAccount,
+        tunnels: int,
     ) -> None:
         self._database = database
         self._live = live
         self._pool = pool
         self._cool_down = cool_down
         self._hold_account = hold_account
+        self._tunnels = tunnels
         self._peers = Peers(pool)
 
     async def open(self, wanted: Wanted) -> Opened:
@@ -105,7 +108,7 @@ class Opener:
         tx.session.add(row)
         await tx.session.flush()
         credential = credentials.new(tx, row.user_id, login, (row.id, row.node_id))
-        revisions = await credentials.put(tx, [credential], standing)
+        revisions = await credentials.put(tx, [credential], standing, self._tunnels)
         return Opened(row, (), revisions[desired.node_scope(row.node_id)])
 
     async def _with_keys(self, tx: Transaction, wanted: Wanted, keys: WireGuardKeys, standing: Standing) -> Opened:

@@ -50,6 +50,7 @@ class TunnelSettings:
     cool_down: timedelta = timedelta(minutes=10)  # before an address serves somebody else
     unused_after: timedelta = timedelta(days=1)  # a connection that never had a handshake ends
     silent_after: timedelta = timedelta(days=30)  # one that has had none for so long, too
+    ssh_tunnels: int = credentials.TUNNELS  # addresses that SSH has
 
 
 class Tunnels:
@@ -82,7 +83,7 @@ class Tunnels:
         self._server_of = server_of
         self._mtu_of = mtu_of
         self._wait_applied = wait_applied
-        self._opener = Opener(database, live, settings.pool, settings.cool_down, hold_account)
+        self._opener = Opener(database, live, settings.pool, settings.cool_down, hold_account, settings.ssh_tunnels)
         self._peers = Peers(settings.pool)
 
     async def create(

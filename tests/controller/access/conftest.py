@@ -34,12 +34,12 @@ class World:
     told: list[tuple[str, Standing]] = field(default_factory=list)  # what WireGuard peers were brought to
 
     def __post_init__(self) -> None:
-        self.access = Access(self.passwords, self._refresh_peers)
+        self.access = Access(self.passwords, self.refresh_peers)
         changes = PasswordChanges(self.passwords, [self.access])
         self.accounts = Accounts(self.database, self.passwords, session_life=timedelta(hours=1), changes=changes)
         self.administration = Administration(self.database, changes, [self.access.end_account])
 
-    async def _refresh_peers(self, _tx: Transaction, user_id: str, standing: Standing) -> None:
+    async def refresh_peers(self, _tx: Transaction, user_id: str, standing: Standing) -> None:
         self.told.append((user_id, standing))
 
     async def user(self, name: str = "alice") -> User:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from controller.access import credentials
 from controller.access.errors import PasswordHashUnavailable
+from controller.access.service import Access
 from controller.access.tables import CredentialRow
 from controller.access.usernames import check_login, new_login
 from controller.accounts.service import Client, User
@@ -286,6 +289,7 @@ async def test_a_machine_that_cannot_hash_says_so(world: Any, monkeypatch: pytes
 
 
 async def test_ssh_logins_have_a_number_each_and_gaps_are_used_again(world: Any) -> None:
+    world.access = Access(world.passwords, world.refresh_peers, tunnels=5)
     users = [await world.user(f"user{number}") for number in range(5)]
     for user in users:
         await world.grant(user, "ssh", "openvpn")
@@ -307,6 +311,26 @@ async def test_a_login_of_the_version_before_gets_its_number_when_nodes_are_told
     async with world.database.transaction() as tx:
         await tx.session.execute(sa.update(CredentialRow).values(tunnel=None))
     await world.refresh(user)
-    assert (await world.wanted())["ssh/alice"].tunnel == 1
+    given = (await world.wanted())["ssh/alice"].tunnel
+    assert 0 < given <= credentials.TUNNELS
     async with world.database.read() as session:
-        assert await session.scalar(sa.select(CredentialRow.tunnel)) == 1
+        assert await session.scalar(sa.select(CredentialRow.tunnel)) == given
+
+
+async def test_a_number_that_was_given_back_is_not_the_next_ones(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies to the former user's flows still come to its address."""
+    monkeypatch.setattr(credentials, "random", random.Random(1))
+    given = []
+    for number in range(20):
+        user = await world.user(f"user{number}")
+        await world.grant(user, "ssh")
+        given += [each.tunnel for key, each in (await world.wanted()).items() if key.startswith("ssh/")]
+        await world.grant(user)
+    assert len(set(given)) == len(given) == 20
+
+
+async def test_where_all_numbers_are_taken_the_next_is_beyond_the_pool(world: Any) -> None:
+    world.access = Access(world.passwords, world.refresh_peers, tunnels=3)
+    for number in range(5):
+        await world.grant(await world.user(f"user{number}"), "ssh")
+    assert sorted(each.tunnel for each in (await world.wanted()).values()) == [1, 2, 3, 4, 5]
