@@ -237,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--protocols", type=_protocols, metavar="P,P", help="that it may use, with a login each")
     period = "|".join(period.value for period in Period)
     change.add_argument("--quota-bytes", type=_number_or_none, metavar="N|none", default=argparse.SUPPRESS)
-    change.add_argument("--quota-period", type=Period, metavar=period, default=argparse.SUPPRESS)
+    change.add_argument("--quota-period", type=_period, metavar=period, default=argparse.SUPPRESS)
     change.add_argument("--expires-at", type=_moment_or_none, metavar="TIME|none", default=argparse.SUPPRESS)
     change.add_argument("--max-sessions", type=_number_or_none, metavar="N|none", default=argparse.SUPPRESS)
     change.add_argument("--rate-up", type=_number_or_none, metavar="BIT/S|none", default=argparse.SUPPRESS)
@@ -269,22 +269,41 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _protocols(text: str) -> list[Protocol]:
-    return [Protocol(name) for name in text.split(",") if name]
+    try:
+        return [Protocol(name) for name in text.split(",") if name]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; use any of {','.join(Protocol)}, with commas") from error
 
 
 def _yes_or_no(text: str) -> bool:
-    return {"yes": True, "no": False}[text]
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+    return text == "yes"
+
+
+def _period(text: str) -> Period:
+    try:
+        return Period(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(Period)}") from error
 
 
 def _number_or_none(text: str) -> int | None:
-    return None if text == "none" else int(text)
+    try:
+        return None if text == "none" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number, such as 5000000000, nor none") from error
 
 
 def _moment_or_none(text: str) -> datetime | None:
     """RFC 3339; a day alone begins at midnight UTC."""
     if text == "none":
         return None
-    moment = datetime.fromisoformat(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        allowed = "neither a day, such as 2027-01-31, nor a time, such as 2027-01-31T12:00:00Z, nor none"
+        raise argparse.ArgumentTypeError(f"{text!r} is {allowed}") from error
     return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 

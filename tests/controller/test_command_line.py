@@ -153,6 +153,24 @@ async def test_bad_input_is_one_clear_line(directory: Path, arguments: tuple[str
     assert len(errors.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--active", "maybe", "yes nor no"),
+        ("--quota-bytes", "5G", "a whole number, such as 5000000000, nor none"),
+        ("--quota-period", "yearly", "none, daily, weekly, monthly"),
+        ("--expires-at", "tomorrow", "2027-01-31T12:00:00Z"),
+        ("--protocols", "foo", "wireguard,openvpn,ssh,l2tp"),
+    ],
+)
+async def test_a_wrong_option_says_what_is_allowed(option: str, value: str, allowed: str) -> None:
+    status, output, errors = await controller("user", "set", "bob", option, value)
+    assert (status, output) == (2, "")
+    told = errors.splitlines()[-1]
+    assert told.startswith(f"skynetvpn-controller user set: error: argument {option}: '{value}' is n")
+    assert allowed in told
+
+
 async def test_a_taken_port_is_one_clear_line(directory: Path) -> None:
     host, port = settings_of(directory)["listen"].split(":")
     with socket.create_server((host, int(port))):
