@@ -54,7 +54,7 @@ class ServerCertificate:
         self._driver = cast(NeedsCertificate, serving.driver)
         self._copy = directory / "openvpn.crt"
         self._clock, self._waiting_seconds = clock, waiting_seconds
-        self._answer: asyncio.Queue[Certificate | None] = asyncio.Queue(1)  # None: the link has begun anew
+        self._answer: asyncio.Queue[Certificate | None] = asyncio.Queue(1)  # None: the link has ended
         self._warned: int | None = None  # days
 
     def take(self, frame: Certificate) -> None:
@@ -62,7 +62,7 @@ class ServerCertificate:
             self._answer.put_nowait(frame)
 
     def ask_again(self) -> None:
-        """A new link: what was asked on the one before is lost."""
+        """The link has ended: what was asked on it is lost."""
         if self._answer.empty():
             self._answer.put_nowait(None)
 
@@ -84,6 +84,8 @@ class ServerCertificate:
                 return True
             while not self._answer.empty():
                 self._answer.get_nowait()
+            if not self._outbox.connected:
+                return False
             self._outbox.send(Renew(csr=request, purpose=OPENVPN_SERVER))
             async with asyncio.timeout(_ANSWER_SECONDS):
                 frame = await self._answer.get()

@@ -121,7 +121,7 @@ class Agent:
             outbox=self.outbox,
             hello=self.reconciler.hello,
             deliver=self._deliver,
-            disconnected=self.reports.disconnected,
+            disconnected=self._disconnected,
             counters=self.counters,
         )
         openvpn = self.services.of(Protocol.OPENVPN)
@@ -172,8 +172,6 @@ class Agent:
     async def _deliver(self, frame: FromController) -> None:
         match frame:
             case Welcome() | Delta() | Snapshot():
-                if isinstance(frame, Welcome) and self.server_certificate is not None:
-                    self.server_certificate.ask_again()
                 await self.reconciler.inbox.put(frame)
             case Received():
                 self.reports.received(frame.sequence)
@@ -182,6 +180,11 @@ class Agent:
                     self.renewal.take(frame)
                 elif frame.purpose == OPENVPN_SERVER and self.server_certificate is not None:
                     self.server_certificate.take(frame)
+
+    def _disconnected(self) -> None:
+        self.reports.disconnected()
+        if self.server_certificate is not None:
+            self.server_certificate.ask_again()
 
     async def _tell_status(self, notifier: Notifier) -> None:
         while True:

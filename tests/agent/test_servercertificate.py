@@ -10,17 +10,21 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from agent import certificates
+from agent import certificates, config
 from agent.counters import Counters
-from agent.drivers.base import DriverError
+from agent.drivers.base import Admit, DriverError, Notify
+from agent.enrolment import enrol
 from agent.identity import new_key, signing_request
-from agent.link import Outbox
+from agent.link import Backoff, Outbox
+from agent.notify import Notifier
 from agent.servercertificate import ServerCertificate
+from agent.service import Agent
 from shared.protocol import Certificate, Frame, Renew
 from shared.resource import Protocol
-from tests.agent.fake_controller import Authority
+from tests.agent.fake_controller import Authority, FakeController
 from tests.agent.fleet import OPENVPN, SCOPE, Node, snapshot, until, welcome
-from tests.agent.model_service import ModelService
+from tests.agent.model_host import ModelFirewall, ModelWireGuard
+from tests.agent.model_service import ModelHosts, ModelLimits, ModelService
 
 DAY = 86400
 
@@ -135,9 +139,54 @@ async def test_certificate_is_asked_for_again_on_a_new_link(rig: Rig) -> None:
     try:
         await asked(rig.outbox.open())
         rig.outbox.close()
-        queue = rig.outbox.open()
         rig.keeper.ask_again()
+        queue = rig.outbox.open()
         rig.keeper.take(rig.answer(await asked(queue)))
         await until(lambda: rig.needy.installed)
     finally:
         running.cancel()
+
+
+async def test_request_lives_as_long_as_the_link_that_it_was_sent_on(tmp_path: Path) -> None:
+    """It is sent before the Welcome of its own link, which gives up nothing; the end of the link does."""
+    hosts, needy = ModelHosts(), list[Needy]()
+
+    def opened(protocol: Protocol, admit: Admit, notify: Notify) -> ModelService:
+        driver = hosts.open(protocol, admit, notify)
+        if protocol == Protocol.OPENVPN:
+            needy.append(Needy(driver))
+        return driver
+
+    async def wireguard() -> ModelWireGuard:
+        return ModelWireGuard()
+
+    async with FakeController(tmp_path) as controller:
+        await enrol(controller.token(), tmp_path / "agent", (Protocol.WIREGUARD, Protocol.OPENVPN))
+        agent = Agent(
+            config.load(tmp_path / "agent" / "agent.yaml", {"SKYNETVPN_AGENT_METRICS": ""}),
+            open_wireguard=wireguard,
+            firewall=ModelFirewall(),
+            limits=ModelLimits(),
+            open_service=opened,
+        )
+        agent.link._backoff = Backoff(0.01, 0.05)
+        assert agent.server_certificate is not None
+        agent.server_certificate._waiting_seconds = 0.01
+        controller.welcome = None
+        stop = asyncio.Event()
+        task = asyncio.create_task(agent.run(stop, Notifier({})))
+        try:
+            await controller.receive(Renew)
+            assert controller.socket is not None
+            await controller.socket.close()
+            renew = await controller.receive(Renew)  # the answer to the first one is not waited for
+            assert isinstance(renew, Renew)
+            await controller.send(welcome(SCOPE))
+            await until(lambda: agent.counters.connected)
+            signed = controller.authority.sign_request(renew.csr)
+            await controller.send(Certificate(certificate=signed, ca=controller.authority.pem, purpose=renew.purpose))
+            await until(lambda: needy[0].installed)
+            assert needy[0].asked == 2
+        finally:
+            stop.set()
+            await asyncio.wait_for(task, 20)
