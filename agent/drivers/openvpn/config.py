@@ -199,6 +199,7 @@ def _lines(wanted: Settings) -> Iterator[tuple[str, ...]]:
     for server in wanted.dns:
         yield "push", f"dhcp-option {'DNS6' if ip_address(server).version == 6 else 'DNS'} {server}"
     if wanted.transport == "udp":
+        yield ("multihome",)  # it answers from the address that it was asked at
         yield "explicit-exit-notify", "1"
     yield _LAST
 

@@ -142,6 +142,16 @@ async def test_pools_of_any_size_are_served(
     assert {(each.address, each.address6) for each in await live(driver)} == addresses
 
 
+async def test_any_address_of_the_host_answers_by_udp(driver: OpenVpn, rig: OpenVpnRig) -> None:
+    rig.host.run("ip", "address", "add", "198.51.100.7/32", "dev", "lo")
+    rig.far.run("ip", "route", "add", "198.51.100.7", "via", "192.0.2.1")
+    await driver.ensure(rig.spec())
+    await driver.put([rig.credential("alice")])
+    client = rig.client("alice", remote="198.51.100.7")
+    await asyncio.to_thread(client.connect)
+    assert await asyncio.to_thread(client.passes)
+
+
 async def test_bytes_are_those_that_passed(driver: OpenVpn, rig: OpenVpnRig) -> None:
     await driver.ensure(rig.spec())
     await driver.put([rig.credential("alice")])
