@@ -131,7 +131,7 @@ async def _node_token(arguments: argparse.Namespace) -> None:
         country=arguments.country,
         city=arguments.city,
         endpoint=arguments.endpoint,
-        plan=Plan(arguments.plan),
+        plan=Plan(arguments.plan) if arguments.plan is not None else None,
         interface=arguments.interface,
         port=arguments.port,
         protocols=tuple(arguments.protocols) if arguments.protocols is not None else None,
@@ -249,8 +249,10 @@ def _parser() -> argparse.ArgumentParser:
     token.add_argument("--name", required=True)
     token.add_argument("--country", required=True, help="ISO 3166 code of two letters")
     token.add_argument("--city", required=True)
-    token.add_argument("--endpoint", help="host that clients dial (default: the address that the node connects from)")
-    token.add_argument("--plan", choices=[plan.value for plan in Plan], default=Plan.FREE.value, help="lowest plan")
+    token.add_argument(
+        "--endpoint", help="host that clients dial (default: as it is, for a new host the address it connects from)"
+    )
+    token.add_argument("--plan", choices=[plan.value for plan in Plan], help="lowest plan (default: as it is, or free)")
     token.add_argument(
         "--interface", metavar="NAME", help=f"of WireGuard on the host (default: as it is, or {INTERFACE})"
     )

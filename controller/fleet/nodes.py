@@ -48,8 +48,8 @@ class NodeSpec:
     name: str
     country: str
     city: str
-    endpoint: str | None = None  # host that clients dial; None = the address that the node connects from
-    plan: Plan = Plan.FREE
+    endpoint: str | None = None  # host that clients dial; None = as it is, for a new node the address it connects from
+    plan: Plan | None = None  # None = as it is, for a new node free
     interface: str | None = None  # None = as it is, for a new node INTERFACE
     port: int | None = None  # None = as it is, for a new node that of the settings
     protocols: tuple[Protocol, ...] | None = None  # that it may offer; None = as it is, for a new node all

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from controller.accounts.principal import Plan
 from controller.desired import service as desired
 from controller.fleet import servers, standing
 from controller.fleet.errors import NodeNotFound, NothingToConfirm
@@ -64,7 +65,8 @@ class Fleet:
             row = await tx.session.scalar(sa.select(NodeRow).where(NodeRow.name == spec.name))
             if row is None:
                 row = await self._create(tx, spec)
-            row.country, row.city, row.endpoint, row.plan = spec.country, spec.city, spec.endpoint, spec.plan
+            row.country, row.city = spec.country, spec.city
+            row.endpoint, row.plan = spec.endpoint or row.endpoint, spec.plan or row.plan
             if spec.protocols is not None:
                 row.allowed = " ".join(spec.protocols)
             await self._set_interface(tx, row, spec)
@@ -130,7 +132,7 @@ class Fleet:
             name=spec.name,
             country=spec.country,
             city=spec.city,
-            plan=spec.plan,
+            plan=spec.plan or Plan.FREE,
             status=NodeStatus.ENABLED,
             created_at=now(),
             interface=INTERFACE,

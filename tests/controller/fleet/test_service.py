@@ -19,7 +19,7 @@ from shared.desired import Interface
 SETTINGS = FleetSettings(
     channel_address="192.0.2.1:8443", ipv4_pool=ip_network("10.66.0.0/16"), ipv6_pool=ip_network("fd66::/112")
 )
-SPEC = NodeSpec(name="fra1", country="DE", city="Frankfurt", endpoint=None, plan=Plan.FREE)
+SPEC = NodeSpec(name="fra1", country="DE", city="Frankfurt")
 
 
 async def apply_settings(database: Database, settings: FleetSettings = SETTINGS) -> None:
@@ -59,6 +59,16 @@ async def test_the_interface_of_a_node_is_given_and_stays_when_it_is_not_named(
     await fleet.issue_join_token(SPEC)
     await apply_settings(database)
     assert await interfaces(database, node.id) == [adopted]
+
+
+async def test_endpoint_and_plan_stay_when_they_are_not_named(fleet: Fleet) -> None:
+    await fleet.issue_join_token(replace(SPEC, endpoint="vpn.example.com", plan=Plan.PRO))
+    await fleet.issue_join_token(replace(SPEC, city="Berlin"))
+    (node,) = await fleet.nodes()
+    assert (node.city, node.endpoint, node.plan) == ("Berlin", "vpn.example.com", Plan.PRO)
+    await fleet.issue_join_token(replace(SPEC, endpoint="192.0.2.7", plan=Plan.FREE))
+    (node,) = await fleet.nodes()
+    assert (node.endpoint, node.plan) == ("192.0.2.7", Plan.FREE)
 
 
 async def test_another_interface_takes_the_place_of_the_former_one(fleet: Fleet, database: Database) -> None:
