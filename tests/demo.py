@@ -154,6 +154,9 @@ class Demo:
             self.fetch_by_proxy()
         with step("one kick"):
             self.kick()
+        with step("disconnect from all"):
+            self.cli("disconnect")
+            self.expect(not Path("/etc/netns", self.client.name).exists(), "the client's name servers are left")
 
     @property
     def settings(self) -> str:

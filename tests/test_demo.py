@@ -21,6 +21,7 @@ STEPS = (
     "connect by ssh",
     "fetch 1 MiB through SSH's proxy",
     "one kick",
+    "disconnect from all",
     "clean up",
 )
 

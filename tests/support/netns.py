@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import threading
@@ -103,6 +104,7 @@ class Namespace:
             with contextlib.suppress(TimeoutError):
                 wait_until(lambda: not self.pids(), timeout=5)
         _run(("ip", "netns", "del", self.name), check=False)
+        shutil.rmtree(Path("/etc/netns", self.name), ignore_errors=True)  # its resolv.conf, where a client ended early
 
     def pids(self) -> list[int]:
         """The processes inside, without the test's own."""
