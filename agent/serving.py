@@ -225,14 +225,17 @@ class Serving:
             self._parked, whole = False, True
             for username in list(self.held):
                 self._release(username)
+        another = server != self.running
+        whole = whole or (another and self.running is not None)
         drift = await self._read_back() if whole else None
         doubtful = dirty.union(self.held) if whole and self.prune else dirty
         await self._remove([username for username in doubtful if username not in self.wanted])
         able = True
         if whole or not dirty or self.failing() or server != self.running:
             able = await self._ensure(server)
-        if whole and drift is None:
-            drift = await self._read_back()
+        if whole and (another or drift is None):  # what a server can give decides what its logins have
+            found = await self._read_back()
+            drift = drift or found
         if able:
             await self._put(self.wanted if whole else dirty)
         else:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from agent.drivers.base import Admit, DriverError, LiveSession, Notify
@@ -91,7 +92,11 @@ class Ssh:
     # --- logins ---
 
     async def credentials(self) -> Mapping[str, Credential]:
-        return await self._accounts.read()
+        """Those that the pool has no address for have no tunnel: so they stay due, and their fault is told."""
+        found = await self._accounts.read()
+        return found | {
+            name: msgspec.structs.replace(found[name], tunnel=0) for name in _beyond(self._spec, found.values())
+        }
 
     async def put(self, credentials: Sequence[Credential]) -> dict[str, str]:
         refused = await self._accounts.put(credentials)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,7 +16,11 @@ import pytest
 from agent.drivers.base import Allowed, DriverError
 from agent.drivers.limits import KernelLimits
 from agent.drivers.ssh import Ssh
-from shared.services import SshTunnel
+from agent.logins import Logins, Name
+from agent.serving import Outcome, Serving
+from shared.access import Credential
+from shared.desired import Kind, Payload
+from shared.services import SshServer, SshTunnel
 from tests.support.netns import CommandFailed, Namespace
 from tests.support.openssh import (
     ECHO_PORT,
@@ -83,6 +88,40 @@ class Tunnel:
 
     async def end(self) -> None:
         await asyncio.to_thread(self.net.client.end, self.process)
+
+
+class Node:
+    """What serves these logins, and what it tells of them."""
+
+    def __init__(self, driver: Ssh, spec: SshServer, *credentials: Credential) -> None:
+        self.drift = 0
+        self._others: dict[Name, Payload] = {(str(Kind.CREDENTIAL), each.key): each for each in credentials}
+        self._name = str(Kind.SSH_SERVER), spec.key
+        self._others[self._name] = spec
+        self._logins = Logins({"all": SimpleNamespace(others=self._others)}, 0)
+        self._serving = Serving(driver, protect=self._protect, settled=self._settled, recheck_seconds=3600)
+        self._serving.prune = True
+
+    async def round(self) -> list[str]:
+        """Of everything; return of whom it tells that something is wrong."""
+        self._serving.become(self._logins)
+        return await self._work()
+
+    async def change(self, spec: SshServer) -> list[str]:
+        self._others[self._name] = spec
+        self._logins.refresh([self._name], 0)
+        self._serving.touch(())
+        return await self._work()
+
+    async def _work(self) -> list[str]:
+        await self._serving.work()
+        return [key for _, key in self._serving.failures("all")]
+
+    async def _protect(self) -> None:
+        return None
+
+    async def _settled(self, _serving: Serving, outcome: Outcome) -> None:
+        self.drift += outcome.missing + outcome.altered
 
 
 async def opened(net: Net, **options: Any) -> Tunnel:
@@ -270,6 +309,27 @@ async def test_a_pool_that_is_too_small_is_told(net: Net, driver: Ssh) -> None:
     assert list(refusals) == ["carol"] and "10.70.0.0/28" in refusals["carol"]
     assert set(devices(net.node)) == {tunnel(13).device}
     assert set(await driver.credentials()) == {"alice", "bob", "carol"}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["next-round", "next-agent"])
+async def test_a_login_without_an_address_stays_told(net: Net, driver: Ssh, again: bool) -> None:
+    narrow = msgspec.structs.replace(TUN, ipv4_pool="10.70.0.0/28")
+    node = Node(driver, narrow, alice("bob", tunnel=13), alice("carol", tunnel=14))
+    assert await node.round() == ["ssh/carol"]
+
+    if again:
+        node = Node(net.driver(), narrow, alice("bob", tunnel=13), alice("carol", tunnel=14))
+    assert await node.round() == ["ssh/carol"]
+    assert node.drift == 0
+
+
+async def test_a_narrower_pool_is_told_at_once_and_is_no_drift(net: Net, driver: Ssh) -> None:
+    node = Node(driver, TUN, alice("carol", tunnel=14))
+    assert await node.round() == []
+
+    assert await node.change(msgspec.structs.replace(TUN, ipv4_pool="10.70.0.0/28")) == ["ssh/carol"]
+    assert await node.change(TUN) == []
+    assert node.drift == 0
 
 
 async def test_a_removed_login_is_out_and_its_device_gone(net: Net, tun: Ssh) -> None:
