@@ -18,9 +18,9 @@ from agent.identity import Identity
 from agent.intake import Guard
 from agent.keeper import Keeper
 from agent.ledger import Ledger
+from agent.leftover import LeftOver
 from agent.link import Link, Outbox
 from agent.load import PROC, LoadReader
-from agent.logins import SERVER_KINDS
 from agent.metrics import MetricsServer, all_lines
 from agent.notify import Notifier
 from agent.reconciler import Reconciler
@@ -66,9 +66,7 @@ class Agent:
         self.services = Services(
             config.protocols,
             open_service or open_driver(config, boot_id),
-            given_up=[
-                name for name in SERVER_KINDS if name not in config.protocols and (config.directory / name).is_dir()
-            ],
+            left_over=LeftOver(config.directory, config.protocols),
             recheck_seconds=config.recheck_seconds,
         )
         self._ledger = Ledger(config.directory)

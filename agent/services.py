@@ -19,12 +19,15 @@ from agent.drivers.base import (
     Tunnels,
     Unsupported,
 )
+from agent.leftover import LeftOver
 from agent.logins import SERVER_KINDS, Logins, Name
 from agent.serving import Outcome, Serving
 from shared.access import Credential
 from shared.desired import Kind
 from shared.resource import Protocol
 from shared.services import TUN_PREFIX, L2tpServer, OpenVpnServer, Server, SshServer
+
+_MOST_SECONDS = 30.0  # between two tries to stop a server
 
 OpenDriver = Callable[[Protocol, Admit, Notify], ServiceDriver]
 
@@ -108,13 +111,12 @@ class Services:
         protocols: Collection[Protocol],
         open_driver: OpenDriver | None = None,
         *,
-        given_up: Collection[Protocol] = (),
+        left_over: LeftOver | None = None,
         recheck_seconds: float = 30,
     ) -> None:
-        """`given_up` are protocols that this host served once and does not now: what runs of them is stopped."""
         self.protocols = tuple(protocols)
         self._open_driver = open_driver
-        self._given_up = tuple(given_up)
+        self._left_over = left_over
         self.host_keys: list[str] = []
         self.admit: Callable[[Protocol, str], str | None] = lambda _protocol, _username: None
         self.noticed: Callable[[], None] = lambda: None
@@ -197,8 +199,9 @@ class Services:
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            for protocol in self._given_up:
-                tasks.create_task(self._stop(protocol))
+            if self._left_over is not None:
+                for protocol in self._left_over.protocols:
+                    tasks.create_task(self._stop(self._left_over, protocol))
             for serving in self._serving.values():
                 tasks.create_task(serving.run())
 
@@ -207,14 +210,22 @@ class Services:
             with contextlib.suppress(DriverError):
                 await serving.close()
 
-    async def _stop(self, protocol: Protocol) -> None:
-        """Stop what an earlier agent left running: the settings do not name its protocol any more."""
-        serving = self._made(self._opened(protocol))
+    async def _stop(self, left_over: LeftOver, protocol: Protocol) -> None:
+        """Until it has worked: nobody watches over what an earlier agent left running."""
+        serving, words, pause = self._made(self._opened(protocol)), "", 1.0
         try:
-            await serving.ask(serving.driver.stop)
-            log.info("server_given_up", protocol=str(protocol))
-        except DriverError as error:
-            log.error("server_not_stopped", protocol=str(protocol), error=str(error))
+            while True:
+                try:
+                    await serving.ask(serving.driver.stop)
+                    await asyncio.to_thread(left_over.stopped, protocol)
+                    log.info("server_given_up", protocol=str(protocol))
+                    return
+                except (DriverError, OSError) as error:
+                    if str(error) != words:
+                        words = str(error)
+                        log.error("server_not_stopped", protocol=str(protocol), error=words)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _MOST_SECONDS)
         finally:
             with contextlib.suppress(DriverError):
                 await serving.close()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from agent.drivers.base import Admit, DriverError, Notify, Unsupported
+from agent.leftover import LeftOver
+from agent.services import Services
 from shared.access import Lease, SessionEnd
 from shared.desired import Kind, digest
 from shared.protocol import Applied, Drift, Refused, Resync
@@ -373,3 +375,19 @@ async def test_hello_tells_protocols_and_host_keys(tmp_path: Path) -> None:
         await node.services.prepare()
         hello = node.reconciler.hello()
         assert (hello.protocols, hello.ssh_host_keys) == (["wireguard", "ssh"], ["ssh-ed25519 AAAA"])
+
+
+async def test_what_is_left_of_a_protocol_is_stopped_once_however_many_tries_that_takes(tmp_path: Path) -> None:
+    (tmp_path / "ssh").mkdir()
+    served, hosts = (Protocol.WIREGUARD,), ModelHosts()
+    hosts.hosts[Protocol.SSH].spec = SSH
+    hosts.failing[Protocol.SSH] = {"stop": DriverError("no rights")}
+    running = asyncio.create_task(Services(served, hosts.open, left_over=LeftOver(tmp_path, served)).run())
+    await until(lambda: Protocol.SSH in hosts.drivers and len(hosts.drivers[Protocol.SSH].made("stop")) == 1)
+    hosts.drivers[Protocol.SSH].failing.clear()
+    await until(lambda: hosts.drivers[Protocol.SSH].closed)
+    assert hosts.hosts[Protocol.SSH].spec is None
+    running.cancel()
+    assert LeftOver(tmp_path, served).protocols == []
+    assert LeftOver(tmp_path, (*served, Protocol.SSH)).protocols == []
+    assert LeftOver(tmp_path, served).protocols == [Protocol.SSH]  # it was served again meanwhile
