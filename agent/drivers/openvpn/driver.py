@@ -82,7 +82,7 @@ class OpenVpn:
                 if transport in spec.transports:
                     await self._settle(self._wanted(spec, transport, certificate.name))
                 elif transport in servers:
-                    await self._end(servers.pop(transport))
+                    await self._take_down(transport)
             except (DriverError, UnsafeSettings) as error:
                 problems.append((transport, error))
         await asyncio.to_thread(self._tidy, certificate.name)
@@ -92,7 +92,7 @@ class OpenVpn:
     async def stop(self) -> None:
         servers = await self._running()
         for transport in list(servers):
-            await self._end(servers.pop(transport))
+            await self._take_down(transport)
         await self._sweep()
         await asyncio.to_thread(self._tidy, None)
 
@@ -182,16 +182,16 @@ class OpenVpn:
         new = await self._start(wanted)  # OpenVPN has read the file, and found no fault in it
         try:
             if old is not None and same_port:
-                await self._end(servers.pop(transport))
+                await self._take_down(transport)
             await new.go()
+            if old is not None and not same_port:
+                await self._take_down(transport)
         except BaseException as error:
             await self._discard(new)
-            if old is not None and same_port and isinstance(error, DriverError):
+            if old is not None and transport not in servers and isinstance(error, DriverError):
                 self._refused[transport] = (wanted, time.monotonic() + _HOLD_OFF, str(error))
                 await self._restore(old.settings)
             raise
-        if old is not None and not same_port:
-            await self._end(servers.pop(transport))
         servers[transport] = new
         log.info("openvpn.serves", transport=transport, port=wanted.port, offloaded=new.offloaded)
 
@@ -228,13 +228,20 @@ class OpenVpn:
     async def _running(self) -> dict[str, Server]:
         """The servers by transport; the first time, those that an agent before this one has left running."""
         if self._servers is None:
-            found = [server for path in self._directory.glob("*.conf") if (server := await self._found(path))]
-            self._servers = {}
-            for server in sorted(found, key=lambda each: each.process.started):
-                other = self._servers.pop(server.settings.transport, None)
-                if other is not None:  # the agent was killed while it put one in the other's place
-                    await self._end(other)
-                self._servers[server.settings.transport] = server
+            servers: dict[str, Server] = {}
+            async with contextlib.AsyncExitStack() as given_up:
+                found = []
+                for path in self._directory.glob("*.conf"):
+                    if (server := await self._found(path)) is not None:
+                        found.append(server)
+                        given_up.push_async_callback(server.close)
+                for server in sorted(found, key=lambda each: each.process.started):
+                    other = servers.get(server.settings.transport)
+                    servers[server.settings.transport] = server
+                    if other is not None:  # the agent was killed while it put one in the other's place
+                        await self._end(other)
+                given_up.pop_all()
+            self._servers = servers
         return self._servers
 
     async def _found(self, path: Path) -> Server | None:
@@ -286,6 +293,12 @@ class OpenVpn:
         if management is None:
             raise DriverError("openvpn does not answer at its management socket")
         await server.attach(management)
+
+    async def _take_down(self, transport: str) -> None:
+        """End first, forget then: a process that does not end still has its clients."""
+        servers = await self._running()
+        await self._end(servers[transport])
+        del servers[transport]
 
     async def _end(self, server: Server) -> None:
         with contextlib.suppress(DriverError):  # a launcher may need it, and one that does not ends it all the same

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -429,6 +430,71 @@ async def test_a_transport_that_is_not_wanted_ends_and_the_other_stays(driver: O
     assert processes(rig) == {"udp": before["udp"]}
     await driver.ensure(rig.spec())
     assert processes(rig)["udp"] == before["udp"]
+
+
+class Stubborn(process.Detached):
+    """A launcher with a process that does not end."""
+
+    holds: int | None = None
+
+    async def end(self, running: process.Process, tell: Callable[[str], None]) -> None:
+        if running.pid == self.holds:
+            raise DriverError(f"openvpn (process {running.pid}) does not end")
+        await super().end(running, tell)
+
+    def driver(self, rig: OpenVpnRig) -> OpenVpn:
+        directory = rig.directory / "openvpn"
+        return OpenVpn(directory, boot_id="b", admit=lambda _: None, notify=lambda: None, launcher=self)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"transports": ("tcp",)}, {"dns": ("192.0.2.53",)}, {"port": 1200}], ids=["gone", "same", "other"]
+)
+async def test_a_process_that_does_not_end_is_not_forgotten(rig: OpenVpnRig, changes: dict[str, Any]) -> None:
+    launcher = Stubborn(rig.directory / "openvpn")
+    driver = launcher.driver(rig)
+    await rig.prepare(driver)
+    await driver.ensure(rig.spec())
+    await driver.put([rig.credential("alice")])
+    client = await connected(rig.client("alice"))
+    (session,) = await live(driver)
+    launcher.holds = processes(rig)["udp"]
+
+    with pytest.raises(DriverError, match="does not end"):
+        await driver.ensure(rig.spec(**changes))
+    assert [each.id for each in await live(driver)] == [session.id]
+    assert await passes(client)
+    await driver.close()
+
+    again = launcher.driver(rig)
+    assert [each.id for each in await live(again)] == [session.id]
+    launcher.holds = None
+    await again.ensure(rig.spec(**changes))
+    assert await live(again) == []
+    await again.stop()
+    assert processes(rig) == {}
+
+
+async def test_of_two_that_an_agent_left_the_newer_one_stays_although_the_other_does_not_end(rig: OpenVpnRig) -> None:
+    launcher = Stubborn(rig.directory / "openvpn")
+    driver, spec = launcher.driver(rig), rig.spec(transports=("udp",), port=1200)
+    await rig.prepare(driver)
+    await driver.ensure(rig.spec(transports=("udp",)))
+    launcher.holds = processes(rig)["udp"]
+    (certificate,) = (rig.directory / "openvpn").glob("server.*.pem")
+    newer = await driver._start(config.settings(spec, "udp", certificate.name, dual_stack=True))
+    await newer.go()
+    await newer.close()
+    await driver.close()
+
+    again = launcher.driver(rig)
+    with pytest.raises(DriverError, match="does not end"):
+        await again.sessions()
+    launcher.holds = None
+    await again.ensure(spec)
+    assert processes(rig) == {"udp": newer.process.pid}
+    await again.stop()
+    assert processes(rig) == {}
 
 
 async def test_a_renewed_certificate_waits_until_nobody_is_connected(driver: OpenVpn, rig: OpenVpnRig) -> None:
