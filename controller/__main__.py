@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import getpass
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -41,6 +42,8 @@ def main() -> None:
     command: Command = arguments.command
     try:
         log.configure(LogLevel.WARNING)
+        if "password_stdin" in arguments:  # before the event loop is there: Ctrl-C ends the question
+            arguments.password = _password(arguments)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(command(arguments))
     except SettingsError as error:
@@ -61,7 +64,8 @@ async def _init(arguments: argparse.Namespace) -> None:
     directory: Path = arguments.dir
     config = await initialise(directory, arguments.listen, arguments.node_listen, arguments.node_address)
     print(f"made {directory}: the API will listen on {config.listen}, nodes will dial {config.dialled_address()}")
-    print(f"next: skynetvpn-controller user add NAME --email E --role admin --config {directory}/controller.yaml")
+    administrator = "admin --email admin@example.org --role admin"
+    print(f"next: skynetvpn-controller user add {administrator} --config {directory}/controller.yaml")
     print(f"      skynetvpn-controller run --config {directory}/controller.yaml")
 
 
@@ -74,13 +78,10 @@ async def _run(arguments: argparse.Namespace) -> None:
 
 
 async def _user_add(arguments: argparse.Namespace) -> None:
-    if not arguments.password_stdin:
-        raise SystemExit("skynetvpn-controller: give the password on standard input, with --password-stdin")
-    password = await _password()
     role, plan = Role(arguments.role), Plan(arguments.plan)
     async with _services(arguments) as services:
         member = await services.members.create(
-            arguments.name, arguments.email, password, arguments.protocols, role=role, plan=plan
+            arguments.name, arguments.email, arguments.password, arguments.protocols, role=role, plan=plan
         )
     print(f"added {member.user.username} ({role}, plan {plan})")
 
@@ -97,13 +98,12 @@ async def _user_list(arguments: argparse.Namespace) -> None:
 
 async def _user_set(arguments: argparse.Namespace) -> None:
     limits = {name: getattr(arguments, name) for name in _LIMITS if hasattr(arguments, name)}
-    password = await _password() if arguments.password_stdin else None
     async with _services(arguments) as services:
         member = await services.members.named(arguments.name)
         changed = await services.members.change(
             member.user.number,
             email=arguments.email,
-            password=password,
+            password=arguments.password,
             active=arguments.active,
             protocols=arguments.protocols,
             limits=limits,
@@ -120,9 +120,18 @@ async def _user_delete(arguments: argparse.Namespace) -> None:
     print(f"deleted {arguments.name}")
 
 
-async def _password() -> str:
-    line: str = await asyncio.to_thread(sys.stdin.readline)
-    return line.rstrip("\n")
+def _password(arguments: argparse.Namespace) -> str | None:
+    """None where an account keeps the one that it has."""
+    if arguments.password_stdin:
+        return sys.stdin.readline().rstrip("\n")
+    if arguments.command is not _user_add:
+        return None
+    if not sys.stdin.isatty():
+        raise SystemExit("skynetvpn-controller: give the password on standard input, with --password-stdin")
+    password = getpass.getpass(f"password of {arguments.name}: ")
+    if password != getpass.getpass("once more: "):
+        raise SystemExit("skynetvpn-controller: the second password is another one than the first")
+    return password
 
 
 async def _node_token(arguments: argparse.Namespace) -> None:
@@ -224,7 +233,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--email", required=True)
     add.add_argument("--role", choices=[role.value for role in Role], default=Role.USER.value)
     add.add_argument("--plan", choices=[plan.value for plan in Plan], default=Plan.FREE.value)
-    add.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
+    add.add_argument(
+        "--password-stdin", action="store_true", help="read the password from standard input; else it is asked for"
+    )
     add.add_argument(
         "--protocols", type=_protocols, metavar="P,P", help="that it may use, with a login of its own each"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shlex
 import socket
 import stat
 import sys
@@ -88,6 +90,39 @@ async def test_what_init_makes_is_for_its_owner_only(directory: Path) -> None:
     status, _, errors = await controller("init", "--dir", directory)
     assert status == 1
     assert "exists already" in errors
+
+
+async def test_the_command_that_init_tells_works_as_typed(tmp_path: Path) -> None:
+    status, output, _ = await controller("init", "--dir", tmp_path / "controller")
+    assert status == 0
+    (line,) = [line for line in output.splitlines() if line.startswith("next: ")]
+    program, *arguments = shlex.split(line.removeprefix("next: "))
+    assert program == "skynetvpn-controller"
+    for second, told in (("another", 1), (PASSWORD, 0)):
+        assert await at_a_terminal(arguments, PASSWORD, second) == told
+    status, _, errors = await controller(*arguments)
+    assert (status, len(errors.splitlines())) == (1, 1)
+    assert "--password-stdin" in errors
+
+
+async def at_a_terminal(arguments: list[str], *answers: str) -> int:
+    """The exit status of somebody who types an answer to each question."""
+    terminal, stdin = os.openpty()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "controller", *arguments,
+            stdin=stdin, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        assert process.stderr is not None
+        for answer in answers:
+            question = await process.stderr.readuntil(b": ")
+            assert answer.encode() not in question
+            os.write(terminal, f"{answer}\n".encode())
+        await process.stderr.read()
+        return await process.wait()
+    finally:
+        os.close(stdin)
+        os.close(terminal)
 
 
 async def test_it_is_administered_beside_the_running_one(directory: Path) -> None:
