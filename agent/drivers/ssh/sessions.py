@@ -128,10 +128,10 @@ class Sessions:
                 self._live[id_].record.address, self.dirty = address, True
 
     async def load(self) -> None:
-        """Take up what an earlier agent knew: call `add` with all that live, then `settle`."""
+        """Take up what an earlier agent knew: call `add` with all that live, then `settle`; again where that fails."""
         kept = await asyncio.to_thread(self._read)
         if kept is not None and kept.boot == self._boot_id:
-            self._ended = {record.id: record for record in kept.records}
+            self._ended = {each.id: each for each in kept.records if each.id not in self._live} | self._ended
             self._logged = kept.logged
         else:
             self._logged = await asyncio.to_thread(self._log_size)

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from agent.drivers.base import DriverError, LiveSession
-from agent.drivers.ssh import Ssh
+from agent.drivers.ssh import Ssh, processes
 from tests.support.netns import Namespace
 from tests.support.openssh import (
     CLIENT,
@@ -370,6 +370,26 @@ async def test_a_session_that_is_not_admitted_ends_by_itself(net: Net, driver: S
 
     (session,) = await driver.sessions()
     assert (bool(session.ended), session.reason) == (True, "too many sessions")
+
+
+async def test_an_adoption_that_failed_at_first_tells_each_session_once(
+    net: Net, driver: Ssh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net.ssh(*FORWARD)
+    (session,) = await begun(driver)
+    await driver.close()
+
+    def denied(*_: object) -> bool:
+        raise DriverError("denied")
+
+    second = net.driver()
+    with monkeypatch.context() as patched:
+        patched.setattr(processes, "is_of_another", denied)
+        with pytest.raises(DriverError, match="denied"):
+            await second.ensure(SPEC)
+    await second.ensure(SPEC)
+
+    assert [(told.id, told.ended) for told in await second.sessions()] == [(session.id, 0)]
 
 
 async def test_a_full_disk_hides_no_session(net: Net, driver: Ssh) -> None:
