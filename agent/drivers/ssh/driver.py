@@ -67,7 +67,8 @@ class Ssh:
         await self._take(await asyncio.to_thread(processes.all_sessions))
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch(), name="ssh sessions")
-        await self._tuns.bring((await self._tuns_of(None)).values())  # last: without them TCP forwarding serves
+        if await self._tuns.bring((await self._tuns_of(None)).values()):  # last: without them TCP forwarding serves
+            self._notify()
 
     async def stop(self) -> None:
         await self._stop_watching()

@@ -21,6 +21,7 @@ from shared.services import TUN_PREFIX, SshTunnel
 
 _CLONE = Path("/dev/net/tun")
 _KIND = "tun"
+_AT_ONCE = 1000  # made in one call: whoever is to be kicked waits for its end
 # linux/if_tun.h
 _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 _IFF_TUN, _IFF_NO_PI, _IFF_TUN_EXCL = 0x0001, 0x1000, 0x8000
@@ -50,17 +51,23 @@ class Tuns:
     def __init__(self) -> None:
         self._rtnl: Rtnl | None = None
 
-    async def bring(self, wanted: Collection[Tun]) -> None:
-        """Have these, and no others of ours. What is as it should be is not touched, nor whoever uses it."""
+    async def bring(self, wanted: Collection[Tun]) -> bool:
+        """Have these, and no others of ours; return whether more are to be made by another call. What is as it should
+        be is not touched, nor whoever uses it."""
         there = {link.name: link for link in await self._open().links(_KIND) if _is_ours(link)}
         known = {tun.name: tun for tun in wanted}
         right = {name for name, tun in known.items() if name in there and tun.is_as_made(there[name])}
         await self._open().delete_links([link for name, link in there.items() if name not in right])
-        failed = await self._make([tun for name, tun in known.items() if name not in right])
+        missing = [tun for name, tun in known.items() if name not in right]
+        tried, failed = 0, dict[str, str]()
+        while tried < len(missing) and tried - len(failed) < _AT_ONCE:
+            failed |= await self._make(missing[tried : tried + _AT_ONCE])
+            tried += _AT_ONCE
         if failed:
             raise DriverError(
                 f"{len(failed)} of {len(known)} tun devices cannot be made: {next(iter(failed.values()))}"
             )
+        return tried < len(missing)
 
     async def put(self, wanted: Mapping[str, Tun]) -> dict[str, str]:
         """Have these, too; return by the same keys why some are not there."""
@@ -94,11 +101,9 @@ class Tuns:
     async def _make(self, tuns: Collection[Tun]) -> dict[str, str]:
         """Return by their names why some could not be made."""
         failed = await asyncio.to_thread(_create, tuns)
-        made = [tun for tun in tuns if tun.name not in failed]
-        links = {link.name: link for link in await self._open().links(_KIND)} if made else {}
-        for tun in made:
+        for tun in [tun for tun in tuns if tun.name not in failed]:
             try:
-                link = links.get(tun.name)
+                link = await self._open().link(tun.name)
                 if link is None:
                     raise DriverError(f"{tun.name} disappeared as soon as it was made")
                 await self._open().add_address(link, f"{tun.tunnel.server}/32", tun.tunnel.client)

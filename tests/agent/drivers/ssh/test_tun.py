@@ -15,7 +15,7 @@ import pytest
 
 from agent.drivers.base import Allowed, DriverError
 from agent.drivers.limits import KernelLimits
-from agent.drivers.ssh import Ssh
+from agent.drivers.ssh import Ssh, tuns
 from agent.logins import Logins, Name
 from agent.serving import Outcome, Serving
 from shared.access import Credential
@@ -283,6 +283,19 @@ async def test_a_device_that_somebody_took_away_is_made_again(net: Net, tun: Ssh
     await tun.ensure(TUN)
 
     await opened(net)
+
+
+async def test_many_devices_are_made_in_several_rounds(net: Net, tun: Ssh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a kick waits for a part of them only."""
+    monkeypatch.setattr(tuns, "_AT_ONCE", 10)
+    await tun.put([alice(f"user{number}", tunnel=number) for number in range(20, 44)])
+    await tun.ensure(SPEC)
+    assert devices(net.node) == {}
+
+    for there, more in ((10, 1), (20, 1), (25, 0)):
+        before = net.notified
+        await tun.ensure(TUN)
+        assert (len(devices(net.node)), net.notified - before) == (there, more)
 
 
 async def test_a_device_that_is_not_ours_stays_as_it_is(net: Net, tun: Ssh) -> None:
