@@ -34,7 +34,7 @@ _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
 _IFINFOMSG = struct.Struct("=BxHiII")  # family, type, index, flags, change
 _IFADDRMSG = struct.Struct("=BBBBi")  # family, prefix length, flags, scope, index
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst length, src length, tos, table, protocol, scope, type, flags
-_IFF_UP = 1
+_IFF_UP, _IFF_LOWER_UP = 1, 0x10000
 _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_GROUP = 3, 4, 18, 20, 27
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_TUN_OWNER = 1
@@ -57,6 +57,7 @@ class Link:
     up: bool
     alias: str
     owner: int | None = None  # uid of the only user who may open a tun device beside root
+    carrier: bool = False  # a tun device has it while a program has it open
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +214,7 @@ def parse_link(payload: bytes) -> Link:
         up=bool(flags & _IFF_UP),
         alias=read_text(values.get(_IFLA_IFALIAS, memoryview(b""))),
         owner=read_u32(data[_IFLA_TUN_OWNER]) if _IFLA_TUN_OWNER in data else None,
+        carrier=bool(flags & _IFF_LOWER_UP),
     )
 
 

@@ -127,8 +127,10 @@ class Ssh:
     async def sessions(self) -> list[LiveSession]:
         await self._adopt()  # whoever asks before the first `ensure` must not take the sessions for gone
         await self._look()
-        if self._spec is not None and self._spec.tun:
-            self._sessions.locate(await asyncio.to_thread(_addresses, self._spec, self._sessions.without_address()))
+        if self._spec is not None and self._spec.tun and self._sessions.without_address():
+            users = await self._tuns.users()
+            doubtful = {id_: pid for id_, (uid, pid) in self._sessions.without_address().items() if uid in users}
+            self._sessions.locate(await asyncio.to_thread(_addresses, self._spec, doubtful))
         ended = self._sessions.ended  # before the counters are read: these have no packet that comes later
         counts = await self._counters.read()
         self._sessions.count(counts)

@@ -117,9 +117,11 @@ class Sessions:
         """User names by session id."""
         return {id_: each.record.username for id_, each in self._live.items()}
 
-    def without_address(self) -> dict[str, int]:
-        """The processes, by session id, of those that have no address inside (yet)."""
-        return {id_: each.found.process.pid for id_, each in self._live.items() if not each.record.address}
+    def without_address(self) -> dict[str, tuple[int, int]]:
+        """The uid and process, by session id, of those that have no address inside (yet)."""
+        return {
+            id_: (each.found.uid, each.found.process.pid) for id_, each in self._live.items() if not each.record.address
+        }
 
     def locate(self, addresses: Mapping[str, str]) -> None:
         """Note the addresses inside, by session id."""

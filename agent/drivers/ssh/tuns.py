@@ -88,6 +88,11 @@ class Tuns:
         ours = [link for tun, link in links if link is not None and _is_ours(link) and link.owner == tun.uid]
         await self._open().delete_links(ours)
 
+    async def users(self) -> set[int]:
+        """The uids whose device is open."""
+        links = await self._open().links(_KIND)
+        return {link.owner for link in links if link.owner is not None and link.carrier and _is_ours(link)}
+
     def close(self) -> None:
         if self._rtnl is not None:
             self._rtnl.close()

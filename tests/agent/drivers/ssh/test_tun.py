@@ -15,7 +15,7 @@ import pytest
 
 from agent.drivers.base import Allowed, DriverError
 from agent.drivers.limits import KernelLimits
-from agent.drivers.ssh import Ssh, tuns
+from agent.drivers.ssh import Ssh, processes, tuns
 from agent.logins import Logins, Name
 from agent.serving import Outcome, Serving
 from shared.access import Credential
@@ -179,6 +179,27 @@ async def test_both_go_together(net: Net, tun: Ssh) -> None:
     await opened(net)
 
     assert sorted(session.address for session in await begun(tun, 2)) == ["", str(tunnel().client)]
+
+
+async def test_only_whose_device_is_open_is_searched_for_it(
+    net: Net, tun: Ssh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[int] = []
+
+    def tun_of(pid: int) -> str | None:
+        searched.append(pid)
+        return found(pid)
+
+    found = processes.tun_of
+    monkeypatch.setattr(processes, "tun_of", tun_of)
+    await tun.put([alice("bob", tunnel=8)])
+    net.ssh(user="bob")
+    await begun(tun)
+    assert searched == []
+
+    await opened(net)
+    assert sorted(session.address for session in await begun(tun, 2)) == ["", str(tunnel().client)]
+    assert len(set(searched)) == 1
 
 
 # --- what it must not give ---
