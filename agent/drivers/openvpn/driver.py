@@ -85,7 +85,7 @@ class OpenVpn:
                     await self._take_down(transport)
             except (DriverError, UnsafeSettings) as error:
                 problems.append((transport, error))
-        await asyncio.to_thread(self._tidy, certificate.name)
+        await self._tidy(certificate.name)
         if problems:
             raise _joined(problems, len(spec.transports))
 
@@ -94,7 +94,7 @@ class OpenVpn:
         for transport in list(servers):
             await self._take_down(transport)
         await self._sweep()
-        await asyncio.to_thread(self._tidy, None)
+        await self._tidy(None)
 
     async def credentials(self) -> Mapping[str, Credential]:
         """OpenVPN holds none, it asks here for each client. But whom an agent before this one let in is in: a session
@@ -316,18 +316,21 @@ class OpenVpn:
         files.make_private_directory(self._directory)
         files.write_private(self._directory / f"{name}.conf", text.encode())
 
-    def _tidy(self, certificate: str | None) -> None:
+    async def _tidy(self, certificate: str | None) -> None:
         """Take away what no process uses; without a certificate to keep, the keys as well."""
         servers = (self._servers or {}).values()
         names = {server.name for server in servers}
-        for path in self._directory.glob("*.conf"):
-            if path.stem not in names:
-                self._launcher.socket_path(path.stem).unlink(missing_ok=True)
+        for path in [path for path in self._directory.glob("*.conf") if path.stem not in names]:
+            try:
+                await process.clear(self._launcher, path.stem)
                 path.unlink(missing_ok=True)
+            except DriverError as error:  # by its file the next agent finds it
+                log.warning("openvpn.not_ended", name=path.stem, error=str(error))
         if certificate is None:
-            self._keys.remove()
+            await asyncio.to_thread(self._keys.remove)
         else:
-            self._keys.forget([certificate, *(server.settings.certificate for server in servers)])
+            used = [certificate, *(server.settings.certificate for server in servers)]
+            await asyncio.to_thread(self._keys.forget, used)
 
 
 async def _on_disk(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:

@@ -58,7 +58,7 @@ class Detached:
 
     async def start(self, name: str) -> Management:
         socket = self.socket_path(name)
-        socket.unlink(missing_ok=True)
+        await clear(self, name)
         options = ["--management", socket.name, "unix", "--daemon", f"openvpn-{name.partition('.')[0]}"]
         await commands.run([self._program, "--cd", str(self._directory), "--config", f"{name}.conf", *options])
         try:
@@ -82,6 +82,21 @@ class Detached:
             if await _signalled(process, number, patience):
                 return
         raise DriverError(f"openvpn (process {process.pid}) does not end")
+
+
+async def clear(launcher: Launcher, name: str) -> None:
+    """End the process that answers for this configuration, and remove its socket: without it nobody could end it."""
+    path = launcher.socket_path(name)
+    management = await Management.connect(path)
+    if management is not None:
+        management.listen(lambda _: None, lambda: None)
+        try:
+            running = launcher.find(management.pid, name)
+            if running is not None:
+                await launcher.end(running, management.tell)
+        finally:
+            await management.close()
+    path.unlink(missing_ok=True)
 
 
 def find(pid: int, arguments: list[str]) -> Process | None:

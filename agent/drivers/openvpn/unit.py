@@ -17,7 +17,7 @@ from agent import files
 from agent.drivers.base import DriverError, Unsupported
 from agent.drivers.openvpn.config import quote
 from agent.drivers.openvpn.management import Management, short
-from agent.drivers.openvpn.process import ANSWER, FAREWELL, PATIENCE, PROGRAM, Process, find, gone
+from agent.drivers.openvpn.process import ANSWER, FAREWELL, PATIENCE, PROGRAM, Process, clear, find, gone
 from agent.errors import AgentError
 
 START = "start"
@@ -37,7 +37,7 @@ class Units:
         answers = self.socket_path(name)
         try:
             text = await asyncio.to_thread(self._standalone, name)
-            answers.unlink(missing_ok=True)
+            await clear(self, name)  # a start that was given up may have left one that holds still
         except OSError as error:
             raise DriverError(f"{answers}: {error.strerror}") from error
         except AgentError as error:
@@ -51,8 +51,12 @@ class Units:
                             return management
                         await asyncio.wait([said], timeout=0.01)
                 raise _failed(said.result())
-            except TimeoutError as error:
-                raise DriverError(f"openvpn opened no management socket at {answers}") from error
+            except BaseException as error:
+                with contextlib.suppress(DriverError, OSError):  # else the next start of this configuration does it
+                    await clear(self, name)
+                if isinstance(error, TimeoutError):
+                    raise DriverError(f"openvpn opened no management socket at {answers}") from error
+                raise
             finally:
                 said.cancel()
                 await asyncio.wait([said])

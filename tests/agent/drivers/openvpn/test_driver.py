@@ -19,7 +19,9 @@ import pytest
 
 from agent import files
 from agent.drivers.base import DriverError, LiveSession, Unsupported
-from agent.drivers.openvpn import OpenVpn, Units, config, process
+from agent.drivers.openvpn import OpenVpn, Units, config, process, unit
+from agent.drivers.openvpn.management import Management
+from agent.drivers.openvpn.process import Launcher
 from shared.crypt import hash_password
 from tests.support.openvpn import Authority, Client, OpenVpnRig, OpenVpnUnitsRig
 
@@ -588,6 +590,75 @@ async def test_a_configuration_with_a_fault_is_told_in_openvpns_words(rig: OpenV
     with pytest.raises(DriverError, match=r"Unrecognized option .*no-such-option"):
         await launcher.start("udp.0")
     assert time.monotonic() - began < 5
+
+
+async def alone(rig: OpenVpnRig) -> tuple[Launcher, str]:
+    """A launcher, and the name of a configuration that it can start."""
+    directory = rig.directory / "openvpn"
+    driver = rig.driver(lambda _: None, lambda: None)
+    await rig.prepare(driver)
+    (certificate,) = directory.glob("server.*.pem")
+    text = config.render(config.settings(rig.spec(), "udp", certificate.name, dual_stack=True))
+    name = f"udp.{config.token(text)}"
+    files.write_private(directory / f"{name}.conf", text.encode())
+    return rig.launcher(directory) or process.Detached(directory), name
+
+
+@whoever_starts
+async def test_a_start_ends_what_one_before_it_has_left(rig: OpenVpnRig) -> None:
+    launcher, name = await alone(rig)
+    await (await launcher.start(name)).close()
+    left = processes(rig)["udp"]
+    management = await launcher.start(name)
+    assert launcher.find(left, name) is None
+    await management.close()
+    await process.clear(launcher, name)
+    assert launcher.find(management.pid, name) is None
+
+
+@pytest.mark.parametrize("rig", [OpenVpnUnitsRig], indirect=True)
+@pytest.mark.parametrize("late", [True, False])
+async def test_a_start_that_fails_leaves_no_process(
+    rig: OpenVpnRig, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher, name = await alone(rig)
+    connect, connects = Management.connect, asyncio.Event()
+
+    async def slow(path: Path) -> Management | None:
+        management = await connect(path)
+        if connects.is_set() or management is None:
+            return management
+        await management.close()
+        connects.set()
+        return await asyncio.Future()
+
+    monkeypatch.setattr(Management, "connect", slow)
+    if late:
+        monkeypatch.setattr(unit, "ANSWER", 1.0)
+    start = asyncio.create_task(launcher.start(name))
+    async with asyncio.timeout(20):
+        await connects.wait()
+    assert set(processes(rig)) == {"udp"}
+    if not late:
+        start.cancel()
+    with pytest.raises(DriverError if late else asyncio.CancelledError):
+        await start
+    assert processes(rig) == {}
+
+
+async def test_a_process_that_was_given_up_and_does_not_end_keeps_its_file(rig: OpenVpnRig) -> None:
+    launcher, name = await alone(rig)
+    await (await launcher.start(name)).close()
+    stubborn = Stubborn(rig.directory / "openvpn")
+    stubborn.holds = processes(rig)["udp"]
+    driver = stubborn.driver(rig)
+    await driver.ensure(rig.spec(transports=("tcp",)))
+    assert (rig.directory / "openvpn" / f"{name}.conf").exists()
+    stubborn.holds = None
+    await driver.ensure(rig.spec(transports=("tcp",)))
+    assert set(processes(rig)) == {"tcp"}
+    assert not (rig.directory / "openvpn" / f"{name}.conf").exists()
+    await driver.stop()
 
 
 async def test_secrets_are_in_private_files_only(driver: OpenVpn, rig: OpenVpnRig) -> None:
