@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agent.client import account, connect, show, up
 from agent.client.profile import Profile
-from agent.config import split_address
+from agent.config import parse_protocols, split_address
 from agent.drivers.wireguard import Backend
 from shared import __version__
 from shared.resource import Protocol
@@ -33,8 +33,9 @@ Names are resolved through the tunnel where systemd-resolved or resolvconf manag
 /etc/netns/NS/resolv.conf, unless that file is there already. With --no-routes nothing but the interface is set."""
 
 _UP = """\
-Runs a controller and one node on this machine in the foreground, ready to use; Ctrl-C ends both. The first start makes
-an administrator and prints the password once; later ones with the same --dir go on with what is there. Needs root."""
+Runs a controller and one node on this machine in the foreground, ready to use; Ctrl-C ends both, while the tunnels
+and servers of the node go on. The first start makes an administrator and prints the password once; later ones with the
+same --dir go on with what is there. Needs root."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -143,7 +144,10 @@ def _up(command: argparse.ArgumentParser) -> None:
         "--endpoint", metavar="HOST", help="address that clients dial (default: this machine's on its default route)"
     )
     command.add_argument(
-        "--protocols", metavar="P,P", help="what the node serves, from the first start on (default: wireguard)"
+        "--protocols",
+        type=_protocols,
+        metavar="P,P",
+        help="what the node serves from now on (default: as it is, at the first start wireguard)",
     )
     command.add_argument("--country", default="DE", metavar="CC", help="shown for the node (default: %(default)s)")
     command.add_argument("--city", default="Local", help="shown for the node (default: %(default)s)")
@@ -155,6 +159,13 @@ def _proxy(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
+
+
+def _protocols(text: str) -> tuple[Protocol, ...]:
+    try:
+        return parse_protocols(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _seconds(text: str) -> float:

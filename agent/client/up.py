@@ -34,6 +34,7 @@ _START_SECONDS = 30.0
 _STOP_SECONDS = 15.0
 _POLL_SECONDS = 0.1
 _LAST_WORDS = 15  # lines
+_TAKE_DOWN = 'To take them down: docs/operations.md, "Taking a host out of service"'
 _METRICS_TIMEOUT = aiohttp.ClientTimeout(total=5)
 _ONLINE = re.compile(r"^skynetvpn_agent_connected 1\b", re.MULTILINE)
 
@@ -57,7 +58,8 @@ async def up(arguments: argparse.Namespace, profile: Profile) -> int:
         if not installation.announced:
             raise KeyboardInterrupt from None
         print(
-            "stopped; the node's tunnels go on, as on every host, and the next start takes them over", file=sys.stderr
+            f"stopped; tunnels and servers of the node go on, and the next start takes them over. {_TAKE_DOWN}",
+            file=sys.stderr,
         )
         return 0
     return 1
@@ -109,6 +111,7 @@ class Installation:
         self._agent_settings = self._agent / "agent.yaml"
         self._admin = directory / "admin"
         self._progress = Progress()
+        self._password: str | None = None  # of the administrator, where this start made it; nothing keeps it
 
     async def run(self) -> None:
         """Returns never: raises Failure when a child ends, CancelledError when the person has enough."""
@@ -117,6 +120,8 @@ class Installation:
                 await self._run(stack)
         finally:
             self._progress.done()
+            if self._password is not None and not self.announced:  # no later start can tell it
+                print(f"the administrator is made: {_ADMIN}, password {self._password}", file=sys.stderr)
 
     async def _run(self, stack: AsyncExitStack) -> None:
         if not self._settings.exists():
@@ -128,7 +133,7 @@ class Installation:
         stack.push_async_callback(controller.stop)
         async with Api(url) as api:
             await _until(api.ready, f"the controller does not answer at {url}", controller)
-            password = await self._make_admin()
+            await self._make_admin()
             await self._enrol(controller)
             self._progress.show("starting the node's agent")
             argv = [_script("skynetvpn-agent"), "run", "--config", str(self._agent_settings)]
@@ -136,12 +141,14 @@ class Installation:
             stack.push_async_callback(agent.stop)
             await _until(self._online, "the node does not come online", controller, agent)
         self._progress.done()
-        self._announce(url, password)
+        self._announce(url)
         await _unless_ended(asyncio.Event().wait(), controller, agent)
 
     async def _initialise(self) -> None:
         self._progress.show("making the controller's directory")
         listen, node_listen = self._arguments.listen or _LISTEN, self._arguments.node_listen or _NODE_LISTEN
+        _check_free(listen, "--listen")
+        _check_free(node_listen, "--node-listen")
         directory = str(self._settings.parent)
         await self._controller("init", "--dir", directory, "--listen", listen, "--node-listen", node_listen)
 
@@ -156,27 +163,36 @@ class Installation:
             host = "127.0.0.1"
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    async def _make_admin(self) -> str | None:
-        """The password, the first time only; nothing keeps it."""
+    async def _make_admin(self) -> None:
         if self._admin.exists():
-            return None
+            return
         self._progress.show("making the administrator")
         password = secrets.token_urlsafe(15)
         options = ["--email", f"{_ADMIN}@example.org", "--role", "admin", "--plan", "enterprise", "--password-stdin"]
         await self._controller("user", "add", _ADMIN, *options, stdin=f"{password}\n")
+        self._password = password
         files.write_private(self._admin, f"{_ADMIN}\n".encode())
-        return password
 
     async def _enrol(self, controller: Child) -> None:
-        if (self._agent_settings).exists():
+        if self._agent_settings.exists():
+            self._choose_protocols()
             return
         self._progress.show("enrolling this machine as a node")
         endpoint = self._arguments.endpoint or _own_address()
         options = ["--country", self._arguments.country, "--city", self._arguments.city, "--endpoint", endpoint]
         token = await self._controller("node", "token", "--name", _NODE, *options)
         argv = [_script("skynetvpn-agent"), "enroll", "--token", "-", "--dir", str(self._agent)]
-        argv += ["--protocols", self._arguments.protocols] if self._arguments.protocols else []
+        argv += ["--protocols", ",".join(self._arguments.protocols)] if self._arguments.protocols else []
         await _unless_ended(commands.run(argv, stdin=token, timeout=60), controller)
+
+    def _choose_protocols(self) -> None:
+        """The agent stops those that it finds no more in its settings."""
+        known, wanted = config.load(self._agent_settings, {}), self._arguments.protocols
+        if wanted and set(wanted) != set(known.protocols):
+            text = config.render(
+                self._agent_settings, directory=known.directory, controller=known.controller, protocols=wanted
+            )
+            files.write_private(self._agent_settings, text)
 
     async def _controller(self, *argv: str, stdin: str | None = None) -> str:
         settings = [] if argv[0] == "init" else ["--config", str(self._settings)]
@@ -193,18 +209,20 @@ class Installation:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    def _announce(self, url: str, password: str | None) -> None:
+    def _announce(self, url: str) -> None:
         self.announced = True
         if self._arguments.output == "json":
-            print(json_text({"url": url, "user": _ADMIN, "password": password}), flush=True)
+            print(json_text({"url": url, "user": _ADMIN, "password": self._password}), flush=True)
             return
         pairs = [("API", f"{url}  (documentation: {url}/docs)"), ("user", _ADMIN)]
-        pairs.append(("password", password or "the one that was printed when this directory was made"))
-        pairs.append(("files, logs", str(self._directory)))
         client, controller = _script("skynetvpn"), _script("skynetvpn-controller")
+        another = f"{controller} user set {_ADMIN} --password-stdin --config {self._settings}"
+        pairs.append(("password", self._password or f"as it was printed once; for another one: {another}"))
+        pairs.append(("files, logs", str(self._directory)))
         print(
             f"""
-SkynetVPN runs on this machine. Ctrl-C stops it.
+SkynetVPN runs on this machine. Ctrl-C ends the controller and the agent; tunnels and servers go on.
+{_TAKE_DOWN}
 
 {fields(pairs)}
 
@@ -238,6 +256,17 @@ def _alone(directory: Path) -> Iterator[None]:
         except AgentError as error:
             raise Failure(f"{directory} is in use by another skynetvpn up") from error
         yield
+
+
+def _check_free(address: str, option: str) -> None:
+    """Raise Misuse before anything is made that would have the address in its settings."""
+    try:
+        host, port = config.split_address(address)
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except ValueError as error:
+        raise Misuse(f"{option}: {error}") from error
+    except OSError as error:
+        raise Failure(f"cannot listen on {address}: {error.strerror}; choose another address with {option}") from error
 
 
 def _own_address() -> str:

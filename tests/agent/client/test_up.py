@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.support.host import Host
 from tests.support.netns import unique, wait_until
@@ -88,14 +90,53 @@ def test_children_end_when_up_is_killed(machine: Host, home: Path, first: dict[s
     wait_until(lambda: running(machine) == [], 30)
 
 
-def test_a_taken_port_is_told_in_the_controllers_words(machine: Host, tmp_path: Path) -> None:
-    with machine.namespace.entered():
-        taken = socket.create_server(("127.0.0.1", 8080))
-    with taken:
-        up = Up(machine, tmp_path)
+def test_a_taken_port_is_told_before_anything_is_made(machine: Host, tmp_path: Path) -> None:
+    for port, option in ((8080, "--listen"), (8443, "--node-listen")):
+        with taken(machine, port):
+            up = Up(machine, tmp_path)
+            assert up.process.wait(STARTED) == 1
+        assert f"cannot listen on 127.0.0.1:{port}: " in up.words()
+        assert up.words().endswith(f"with {option}\n")
+        assert not (tmp_path / "up" / "controller").exists()
+
+
+def test_a_taken_port_is_told_in_the_controllers_words(machine: Host, home: Path, first: dict[str, Any]) -> None:
+    with taken(machine, 8080):
+        up = Up(machine, home)
         assert up.process.wait(STARTED) == 1
-    words = up.words()
-    assert "the controller ended with" in words and "8080" in words
+    assert "the controller ended with" in up.words() and "8080" in up.words()
+
+
+def test_the_password_is_told_also_where_the_first_start_fails(tmp_path: Path) -> None:
+    with Host("up") as machine:
+        with taken(machine, 9586):  # the agent's metrics
+            up = Up(machine, tmp_path)
+            assert up.process.wait(STARTED) == 1
+        (password,) = re.findall(r"administrator is made: admin, password (\S+)", up.words())
+
+        up = Up(machine, tmp_path)
+        assert login(machine, tmp_path, up.told() | {"password": password}) == 0
+
+
+def test_other_protocols_than_the_directorys_are_taken_over(machine: Host, home: Path, first: dict[str, Any]) -> None:
+    settings = home / "up" / "agent" / "agent.yaml"
+    for protocols in (["wireguard", "openvpn"], ["wireguard"]):
+        up = Up(machine, home, "--protocols", ",".join(protocols))
+        up.told()
+        assert yaml.safe_load(settings.read_text())["protocols"] == protocols
+        assert up.end(signal.SIGINT) == 0
+    up = Up(machine, home)
+    up.told()
+    assert yaml.safe_load(settings.read_text())["protocols"] == ["wireguard"]
+    assert up.end(signal.SIGINT) == 0
+
+
+def test_an_unknown_protocol_is_refused_before_anything_is_made(machine: Host, tmp_path: Path) -> None:
+    up = Up(machine, tmp_path, "--protocols", "foo")
+
+    assert up.process.wait(STARTED) == 2
+    assert "'foo' is not one of wireguard, openvpn, ssh, l2tp" in up.words()
+    assert not (tmp_path / "up").exists()
 
 
 def test_other_addresses_than_the_directorys_are_wrong_usage(machine: Host, home: Path, first: dict[str, Any]) -> None:
@@ -126,6 +167,11 @@ class Up:
 
     def words(self) -> str:
         return self._log.read_text()
+
+
+def taken(machine: Host, port: int) -> socket.socket:
+    with machine.namespace.entered():
+        return socket.create_server(("127.0.0.1", port))
 
 
 def script(name: str) -> str:
