@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -171,13 +172,16 @@ def _found(pid: int, parent: int | None) -> Found | None:
     process = hold(pid)
     if process is None:
         return None
-    uid = _status(pid).uid
-    monitor = hold(parent) if parent is not None else None
-    client = _client(process) or (_client(monitor) if monitor is not None else None)
+    uid, monitor, client = _status(pid).uid, None, None
+    try:
+        monitor = hold(parent) if parent is not None else None
+        client = _client(process) or (_client(monitor) if monitor is not None else None)
+    finally:
+        if uid not in UIDS or client is None:
+            for each in (process, monitor):
+                if each is not None:
+                    each.close()
     if uid not in UIDS or client is None:
-        for each in (process, monitor):
-            if each is not None:
-                each.close()
         return None
     started = (monitor or process).started
     return Found(
@@ -203,7 +207,13 @@ def _client(process: Process) -> Client | None:
 def _peer(descriptor: int, number: int) -> Client | None:
     copy = _libc.syscall(_PIDFD_GETFD, descriptor, number, 0)
     if copy < 0:
-        return None
+        number = ctypes.get_errno()
+        if number in (errno.EBADF, errno.ESRCH):
+            return None  # it has just closed it, or ended
+        raise DriverError(
+            f"pidfd_getfd does not tell who is at the far end of a session ({os.strerror(number)}): the agent needs "
+            "that system call, CAP_SYS_PTRACE, and a kernel.yama.ptrace_scope below 3"
+        )
     with socket.socket(fileno=copy) as opened, contextlib.suppress(OSError):
         if opened.family in (socket.AF_INET, socket.AF_INET6) and opened.type == socket.SOCK_STREAM:
             host, port, *_ = opened.getpeername()

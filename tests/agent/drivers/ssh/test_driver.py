@@ -392,6 +392,26 @@ async def test_an_adoption_that_failed_at_first_tells_each_session_once(
     assert [(told.id, told.ended) for told in await second.sessions()] == [(session.id, 0)]
 
 
+async def test_what_keeps_sessions_from_being_seen_is_told(
+    net: Net, driver: Ssh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves no descriptor open at each look."""
+    net.ssh(*FORWARD)
+    await begun(driver)
+    await driver.close()
+    second = net.driver()
+    with monkeypatch.context() as patched:
+        patched.setattr(processes, "_PIDFD_GETFD", 10_000)  # no kernel knows it
+        for _ in range(2):
+            with pytest.raises(DriverError, match=r"pidfd_getfd .*Function not implemented"):
+                await second.sessions()
+        before = descriptors()
+        with pytest.raises(DriverError):
+            await second.sessions()
+        assert descriptors() == before
+    await begun(second)
+
+
 async def test_a_full_disk_hides_no_session(net: Net, driver: Ssh) -> None:
     (net.directory / "ssh/sessions.new").mkdir()  # where it would write
     client = net.ssh(*FORWARD)
@@ -400,6 +420,10 @@ async def test_a_full_disk_hides_no_session(net: Net, driver: Ssh) -> None:
     await asyncio.to_thread(net.client.end, client)
 
     await eventually(lambda: has_ended(driver, session.id))
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def has_ended(driver: Ssh, session_id: str) -> bool:
