@@ -228,6 +228,8 @@ class OpenVpn:
     async def _running(self) -> dict[str, Server]:
         """The servers by transport; the first time, those that an agent before this one has left running."""
         if self._servers is None:
+            if not isinstance(self._launcher, Detached):
+                await Detached(self._directory).clear_all()
             servers: dict[str, Server] = {}
             async with contextlib.AsyncExitStack() as given_up:
                 found = []

@@ -83,6 +83,14 @@ class Detached:
                 return
         raise DriverError(f"openvpn (process {process.pid}) does not end")
 
+    async def clear_all(self) -> None:
+        """End all that an agent has started: they would keep the ports of those that systemd starts."""
+        for socket in self._directory.glob("*.sock"):
+            try:
+                await clear(self, socket.stem)
+            except DriverError as error:
+                raise DriverError(f"an openvpn that the agent has started itself has to end first: {error}") from error
+
 
 async def clear(launcher: Launcher, name: str) -> None:
     """End the process that answers for this configuration, and remove its socket: without it nobody could end it."""

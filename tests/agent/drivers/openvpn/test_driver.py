@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -659,6 +660,50 @@ async def test_a_process_that_was_given_up_and_does_not_end_keeps_its_file(rig: 
     assert set(processes(rig)) == {"tcp"}
     assert not (rig.directory / "openvpn" / f"{name}.conf").exists()
     await driver.stop()
+
+
+@pytest.mark.parametrize("rig", [OpenVpnUnitsRig], indirect=True)
+async def test_a_host_moves_to_systemd_with_the_next_agent(rig: OpenVpnRig, told: asyncio.Event) -> None:
+    directory = rig.directory / "openvpn"
+    before = Stubborn(directory).driver(rig)
+    await rig.prepare(before)
+    await before.ensure(rig.spec())
+    await before.close()
+    old = processes(rig)
+
+    driver = new_driver(rig, told)
+    await driver.ensure(rig.spec())
+    assert set(processes(rig).values()).isdisjoint(old.values())
+    assert list(directory.glob("*.sock")) == []
+    await driver.put([rig.credential("alice")])
+    await connected(rig.client("alice"))
+    await driver.stop()
+    assert processes(rig) == {}
+
+
+@pytest.mark.parametrize("rig", [OpenVpnUnitsRig], indirect=True)
+async def test_an_agents_own_process_that_it_may_not_end_is_told_of_and_keeps_its_files(
+    rig: OpenVpnRig, told: asyncio.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = rig.directory / "openvpn"
+    before = Stubborn(directory).driver(rig)
+    await rig.prepare(before)
+    await before.ensure(rig.spec())
+    await before.close()
+    old, files_of_old = processes(rig), set(directory.iterdir())
+
+    def refused(_descriptor: int, _number: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    driver = new_driver(rig, told)
+    with monkeypatch.context() as patched:
+        patched.setattr(signal, "pidfd_send_signal", refused)
+        for work in (driver.ensure(rig.spec(transports=("udp",))), driver.stop()):
+            with pytest.raises(DriverError, match=r"has started itself .*process \d+ .*Operation not permitted"):
+                await work
+        assert (processes(rig), set(directory.iterdir())) == (old, files_of_old)
+    await driver.stop()
+    assert processes(rig) == {}
 
 
 async def test_secrets_are_in_private_files_only(driver: OpenVpn, rig: OpenVpnRig) -> None:
