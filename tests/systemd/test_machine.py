@@ -242,6 +242,25 @@ def test_clients_get_in_by_every_protocol(connected: Installed) -> None:
     assert not [line for line in told.splitlines() if re.search("not permitted|denied|read-only", line, re.IGNORECASE)]
 
 
+def test_ssh_tunnels_work_in_the_agents_sandbox(connected: Installed) -> None:
+    """Their devices are made by the agent, and opened by an sshd that has become the user."""
+    if "ssh" not in connected.protocols:
+        pytest.skip("it is not served")
+    machine, protocol = connected.machine, "/irssh/api/protocols/ssh"
+    connected.cli("disconnect")
+    connected.call("PUT", protocol, {"settings": {"tun": True}})
+    try:
+        told = connected.cli("connect", "--protocol", "ssh", "--tun", "--netns", connected.client.name, "-o", "json")
+        assert json.loads(told)["status"] == "connected", told
+        machine.wait(lambda: set(connected.sessions()) == {"ssh"}, "the session is not seen")
+        assert "1 received" in connected.client.run("ping", "-c1", "-W5", "10.68.0.1")
+        assert "tun190" in machine.network.run("ip", "link")
+    finally:
+        connected.cli("disconnect")
+        connected.call("PUT", protocol, {"settings": {"tun": None}})
+    machine.wait(lambda: "tun190" not in machine.network.run("ip", "link"), "the devices stay")
+
+
 @pytest.mark.parametrize("end", ["restart", "kill", "stop"])
 def test_sessions_outlive_the_agent(connected: Installed, end: str) -> None:
     machine, servers, sessions = connected.machine, connected.servers(), connected.sessions()
