@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     _connect(add("connect", connect.connect, "bring a tunnel up and wait until it is connected", _CONNECT))
     status = add("status", show.status, "show the account's live connections and this machine's tunnels")
     status.add_argument("-w", "--watch", action="store_true", help="again every two seconds until Ctrl-C")
-    _config(add("config", show.config, "print a connection's configuration for a WireGuard program"))
+    _config(add("config", show.config, "print a connection's configuration, for any program of its protocol"))
     disconnect = add("disconnect", connect.disconnect, "take tunnels down and end their connections")
     disconnect.add_argument(
         "id", nargs="?", metavar="ID", help="connection id, interface or server (default: all tunnels of this machine)"
