@@ -163,7 +163,7 @@ async def _node_status(arguments: argparse.Namespace) -> None:
     async with _services(arguments) as services:
         if arguments.status is not None:
             await services.fleet.set_status(arguments.name, NodeStatus(arguments.status))
-            print(f"{arguments.name} is {arguments.status}")
+            print(f"the status of {arguments.name} is {arguments.status}")
             return
         node, standings = await services.fleet.node(arguments.name)
     shown = {

@@ -16,7 +16,7 @@ class ConnectionNotFound(DomainError):
 class ServerUnavailable(DomainError):
     kind = ErrorKind.INVALID
     code = "server_unavailable"
-    message = "the server is {status}; choose another one"
+    message = "the server's status is {status}; choose another one"
 
 
 class ProtocolNotOffered(DomainError):

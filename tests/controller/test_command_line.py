@@ -149,8 +149,8 @@ async def test_it_is_administered_beside_the_running_one(directory: Path) -> Non
         status, output, _ = await controller("node", "status", "fra1", "--config", config)
         shown = dict(line.split(None, 1) for line in output.splitlines())
         assert (status, shown["status"], shown["wireguard"], shown["problem"]) == (0, "enabled", "-", "-")
-        status, _, errors = await controller("node", "status", "fra1", "maintenance", "--config", config)
-        assert (status, errors) == (0, "")
+        status, output, errors = await controller("node", "status", "fra1", "maintenance", "--config", config)
+        assert (status, output, errors) == (0, "the status of fra1 is maintenance\n", "")
         status, _, errors = await controller("node", "confirm", "fra1", "--config", config)
         assert status == 1
         assert "fra1" in errors

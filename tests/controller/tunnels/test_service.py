@@ -178,7 +178,7 @@ async def test_a_server_that_is_away_takes_no_connection(world: Any) -> None:
             sa.update(NodeRow).where(NodeRow.id == world.nodes[1]).values(status=NodeStatus.MAINTENANCE)
         )
     await world.directory.refresh()
-    with pytest.raises(errors.ServerUnavailable, match="maintenance"):
+    with pytest.raises(errors.ServerUnavailable, match="the server's status is maintenance;"):
         await tunnels.create(world.alice, "skynet", world.nodes[1], "wireguard")
     with pytest.raises(ServerNotFound):
         await tunnels.create(world.alice, "skynet", "nowhere", "wireguard")
