@@ -94,7 +94,9 @@ async def _wait(local: LocalTunnel) -> str:
         if refused := _REFUSED.search(text):
             raise Failure(f"{local.server} refuses the login: {refused[1] or 'it gives no reason'}")
         # The pid file is written by the program that has gone to the background, a moment after its parent has ended.
-        if programs.running(local) is None and (programs.noted(local) or time.monotonic() > deadline - _SECONDS + 5):
+        # In this order: it may be written between the two questions.
+        noted = programs.noted(local) or time.monotonic() > deadline - _SECONDS + 5
+        if noted and programs.running(local) is None:
             raise Failure(f"openvpn ended: {programs.last_words(local)}")
         if time.monotonic() > deadline:
             raise Failure(f"{local.server} did not let us in within {_SECONDS:g} s: {programs.last_words(local)}")

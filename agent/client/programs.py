@@ -47,8 +47,9 @@ def running(local: LocalTunnel) -> int | None:
 
 
 def noted(local: LocalTunnel) -> bool:
-    """Whether the pid file is there."""
-    return file_of(local, ".pid").exists()
+    """Whether the pid file has been written."""
+    path = file_of(local, ".pid")
+    return path.exists() and path.stat().st_size > 0
 
 
 def note(local: LocalTunnel) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from agent.client import programs
 from agent.client.errors import Failure
 from agent.client.openvpn import _check
-from agent.client.profile import Profile
+from agent.client.profile import LocalTunnel, Profile
 from agent.drivers.openvpn import OpenVpn
 from controller.access.openvpn import OpenVpnConfig
 from tests.support.netns import unique, wait_until
@@ -177,3 +178,12 @@ async def test_interrupted_it_leaves_nothing(
 def test_a_profile_that_could_start_programs_is_refused(line: str) -> None:
     with pytest.raises(Failure, match="cannot be used"):
         _check(f"client\ndev tun\n{line}\n".encode())
+
+
+def test_a_pid_file_that_is_empty_is_not_written_yet(tmp_path: Path) -> None:
+    local = LocalTunnel("c1", "s1", "fra1", "skyvpn0", "openvpn", str(tmp_path / "c1"))
+    assert not programs.noted(local)
+    programs.file_of(local, ".pid").touch()
+    assert not programs.noted(local)
+    programs.write(local, b"12\n", ".pid")
+    assert programs.noted(local)
