@@ -155,7 +155,8 @@ async def test_a_session_that_ends_without_the_agent_is_told_with_its_last_bytes
     told = await only(second)
     assert (told.id, told.username) == (before.id, "alice")
     assert told.ended >= told.since
-    assert told.rx >= before.rx + 3 * 1028
+    # pppd's own count, of which this is, begins when IP is up; the interface's has what PPP itself said before.
+    assert told.rx >= before.rx + 3 * 1028 - 100
     assert await no_session(second)
     await second.close()
 
