@@ -47,6 +47,7 @@ class Client:
     host: Host
     file: Path
     public_key: str
+    addresses: list[str]  # inside
 
     def connect(self) -> None:
         self.host.run("wg", "setconf", "wg0", str(self.file))
@@ -79,7 +80,7 @@ def measure(*, quick: bool) -> list[Result]:
         return [not_measured(ROW, title, "iperf3 is not installed")]
     with Stack(peers=peers) as stack, ExitStack() as exits:
         ours = _client_of_agent(exits, stack)
-        by_hand = _client_by_hand(exits, stack, peers)
+        by_hand = _client_by_hand(exits, stack, peers, ours.addresses)
         found = asyncio.run(_throughput(stack, ours, by_hand, seconds, pairs))
         result = compared(ROW, title, "Mbit/s", found, against="the same tunnel by hand", goal=Goal(at_least=0.97))
         return [result, *_interruption(stack, ours)]
@@ -200,11 +201,13 @@ def _client_of_agent(exits: ExitStack, stack: Stack) -> Client:
     return _client(exits, stack.directory, stack.node, "cl-a", key, config)
 
 
-def _client_by_hand(exits: ExitStack, stack: Stack, peers: int) -> Client:
-    """The same interface, by hand: the same peers, and the client as one more."""
+def _client_by_hand(exits: ExitStack, stack: Stack, peers: int, addresses: list[str]) -> Client:
+    """The same interface, by hand: the same peers, and the client as one more.
+
+    Its addresses are those of the agent's client: an address far from all others is found sooner.
+    """
     hand = exits.enter_context(Host("hand"))
     server, key = PrivateKey.generate(), PrivateKey.generate()
-    addresses = ["10.66.250.1/32", "fd66:6b79::fa01/128"]
     secret = encode_key(bytes(range(32)))
     file = material.wg_file(stack.directory / "hand.conf", server, _PORT, material.peers(peers))
     with file.open("a") as more:
@@ -231,7 +234,7 @@ def _client(
         f"[Interface]\nPrivateKey = {key.reveal()}\n[Peer]\nPublicKey = {config['server_public_key']}\n"
         f"PresharedKey = {config['preshared_key']}\nAllowedIPs = 10.66.0.0/16\nEndpoint = {_OUTSIDE}:{_PORT}\n"
     )
-    client = Client(host, file, str(key.public()))
+    client = Client(host, file, str(key.public()), config["addresses"])
     host.run("wireguard-go", "wg0")
     client.connect()
     (address,) = [address for address in config["addresses"] if ":" not in address]

@@ -15,6 +15,7 @@ from shared.addresses import Network
 from shared.desired import Interface
 
 TABLE = "inet skynetvpn"
+_INSIDE = "from-"  # begins the name of the chain for what comes out of an interface
 
 
 def render(interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> str:
@@ -32,10 +33,11 @@ def render(interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> 
         [network for interface in ordered for network in _own(interface)] + [n for each in pools for n in _pool(each)]
     )
     chains = (
+        *(_inside(each) for each in ordered),
         _chain(
             "prerouting",
             "filter hook prerouting priority raw",
-            [*map(_spoofing, ordered), *map(_pool_spoofing, pools)],
+            [_diverted(names), *map(_spoofing, ordered), *map(_pool_spoofing, pools)],
         ),
         _chain(
             "forward",
@@ -52,16 +54,27 @@ def render(interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> 
 
 
 def _chain(name: str, hook: str, rules: Iterable[Iterable[str]]) -> str:
-    lines = "".join(f"\t\t{rule}\n" for group in rules for rule in group)
+    lines = "".join(dict.fromkeys(f"\t\t{rule}\n" for group in rules for rule in group))
     return f"\tchain {name} {{\n\t\ttype {hook}; policy accept;\n{lines}\t}}\n"
 
 
-def _spoofing(interface: Interface) -> Iterator[str]:
+def _diverted(names: Sequence[str]) -> Iterator[str]:
+    """What comes out of a tunnel meets no rule for the others: each rule costs every packet of all clients."""
+    for name in names:
+        yield f'iifname "{name}" goto {_INSIDE}{name}'
+
+
+def _inside(interface: Interface) -> str:
     """A client's address comes out of the tunnel, and nothing else does."""
     own = _networks(interface)
-    yield from _only_own(f'iifname "{interface.name}"', own)
-    for keyword, networks in own.items():
-        yield f'iifname != {{ "lo", "{interface.name}" }} {keyword} saddr {networks} drop'
+    rules = "".join(f"\t\t{keyword} saddr {networks} accept\n" for keyword, networks in own.items())
+    return f"\tchain {_INSIDE}{interface.name} {{\n{rules}\t\tdrop\n\t}}\n"
+
+
+def _spoofing(interface: Interface) -> Iterator[str]:
+    """It comes from nowhere else; the address is asked first, which most packets of the host have not."""
+    for keyword, networks in _networks(interface).items():
+        yield f'{keyword} saddr {networks} iifname != "lo" drop'
 
 
 def _only_own(device: str, own: dict[str, str]) -> Iterator[str]:

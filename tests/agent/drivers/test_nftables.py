@@ -203,16 +203,17 @@ def test_nobody_reaches_a_client_of_a_pool_by_its_inner_address(network: dict[st
     assert not passes(network["net"], "10.67.0.2")
 
 
-def test_an_address_of_a_pool_comes_from_its_own_device_only(network: dict[str, Namespace]) -> None:
+@pytest.mark.parametrize("inner", ["10.66.0.9", "10.67.0.9"], ids=["of wg0", "of a pool"])
+def test_a_clients_address_comes_from_its_own_device_only(network: dict[str, Namespace], inner: str) -> None:
     node, outside = network["node"], network["net"]
     load_with_pool(node, isolate=True)
-    counter = "chain input { type filter hook input priority 0; ip saddr 10.67.0.0/24 counter; }"
+    counter = f"chain input {{ type filter hook input priority 0; ip saddr {inner} counter; }}"
     node.run("nft", "-f", "-", stdin=f"table inet seen {{ {counter}; }}")
     node.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0")
-    outside.run("ip", "address", "add", "10.67.0.9/32", "dev", "lo")
+    outside.run("ip", "address", "add", f"{inner}/32", "dev", "lo")
 
     def arrived() -> bool:
-        outside.run("ping", "-c1", "-W1", "-I", "10.67.0.9", "192.0.2.1", check=False)
+        outside.run("ping", "-c1", "-W1", "-I", inner, "192.0.2.1", check=False)
         return "packets 0" not in node.run("nft", "list", "table", "inet", "seen")
 
     assert not arrived()
