@@ -74,7 +74,7 @@ _PING = ("ping", "-n", "-q", "-c", "1", "-W", "1", _NODE_ADDRESS)
 
 
 def measure(*, quick: bool) -> list[Result]:
-    peers, seconds, pairs = (500, 1, 3) if quick else (5000, 4, 11)
+    peers, seconds, pairs = (500, 1, 3) if quick else (5000, 3, 25)
     title = _MEASURE.format(peers=peers)
     if shutil.which("iperf3") is None:
         return [not_measured(ROW, title, "iperf3 is not installed")]
