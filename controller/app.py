@@ -51,6 +51,7 @@ from controller.notify import notify, watchdog
 from controller.operations import operations_routes
 from controller.store.database import Database, Transaction, open_database
 from controller.store.migrate import migrate
+from controller.store.types import new_id
 from controller.store.watch import Watcher
 from controller.tunnels.addresses import Pool
 from controller.tunnels.ending import end_account, end_by_ids
@@ -58,9 +59,11 @@ from controller.tunnels.live import LiveStates
 from controller.tunnels.metrics import Metrics as TunnelMetrics
 from controller.tunnels.peers import Peers
 from controller.tunnels.service import Tunnels, TunnelSettings
+from controller.usage.book import Book
 from controller.usage.enforcement import Enforcement
 from controller.usage.granting import Granting, rebalance
 from controller.usage.limits import Limits, Refresh
+from controller.usage.records import Records
 from controller.usage.sessions import Sessions
 from shared import __version__
 from shared.services import most_tunnels
@@ -89,6 +92,7 @@ class Services:
     accounts: Accounts
     administration: Administration
     members: Members
+    peers: Peers
     keys: VpnKeys
     refresh: Refresh  # brings the nodes to what an account may do now
 
@@ -139,7 +143,8 @@ async def services(config: Config) -> AsyncIterator[Services]:
         keys = await load_keys(database)  # first of all: with other secrets than before nothing may be written
         passwords = Passwords(config.passwords)
         stack.callback(passwords.close)
-        access = Access(passwords, Peers(pool).refresh, tunnels=most_tunnels(settings.pools.ssh_ipv4))
+        peers = Peers(pool)
+        access = Access(passwords, peers.refresh, tunnels=most_tunnels(settings.pools.ssh_ipv4))
         changes = PasswordChanges(passwords, [access])
         accounts = Accounts(database, passwords, session_life=timedelta(hours=config.login_hours), changes=changes)
         administration = Administration(database, changes, [end_account, access.end_account])
@@ -151,8 +156,16 @@ async def services(config: Config) -> AsyncIterator[Services]:
         members = Members(database, accounts, administration, access, Limits(refresh))
         fleet = Fleet(database, authority.pin, settings)
         yield Services(
-            database, authority, settings, fleet, passwords, accounts, administration, members, keys, refresh
+            database, authority, settings, fleet, passwords, accounts, administration, members, peers, keys, refresh
         )
+
+
+async def stored_sessions(database: Database) -> Sessions:
+    """The sessions as the running controller has stored them: to look at, and to end, beside it."""
+    book = Book(0, new_id)
+    async with database.connect() as connection:
+        await Records(database).load(connection, book, time.time())
+    return Sessions(database, book, end_by_ids)
 
 
 async def compose(services: Services, config: Config, registry: CollectorRegistry) -> Controller:

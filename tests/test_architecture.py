@@ -30,7 +30,7 @@ RULES = [
         "controller",
         ("controller.app",),
         "nothing knows the composition root but the command line",
-        except_in=("controller.__main__", "controller.app"),
+        except_in=("controller.__main__", "controller.commands", "controller.app"),
     ),
     *(
         Rule(f"controller.{room}", ("aiohttp", "controller.contracts", "controller.channel"), "a use case has no HTTP")

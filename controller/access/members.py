@@ -41,6 +41,13 @@ class Members:
     async def list_users(self) -> list[User]:
         return await self._administration.list_users()
 
+    async def list_members(self) -> list[Member]:
+        """All of them, in the order of their numbers."""
+        users = await self._administration.list_users()
+        async with self._database.read() as session:
+            found = await limits.read_all(session)
+        return [_member(user, found.get(user.id, limits.NO_LIMITS)) for user in users]
+
     async def get(self, number: int) -> Member:
         """Raise UserNotFound."""
         return await self._member(await self._administration.user_by_number(number))
@@ -77,6 +84,8 @@ class Members:
         *,
         email: str | None = None,
         password: str | None = None,
+        role: Role | None = None,
+        plan: Plan | None = None,
         active: bool | None = None,
         protocols: Sequence[str] | None = None,
         limits: dict[str, Any] | None = None,
@@ -97,7 +106,14 @@ class Members:
                 await self._access.refresh(tx, user.id)
 
         user = await self._administration.update_user(
-            number, email=email, password=password, active=active, protocols=wanted, also=follow
+            number,
+            email=email,
+            password=password,
+            role=role,
+            plan=plan,
+            active=active,
+            protocols=wanted,
+            also=follow,
         )
         return await self._member(user)
 
@@ -112,7 +128,11 @@ class Members:
     async def _member(self, user: User) -> Member:
         async with self._database.read() as session:
             found = await limits.read(session, user.id)
-        return Member(user, user.protocols if user.protocols is not None else tuple(Protocol), found)
+        return _member(user, found)
+
+
+def _member(user: User, limits: AccountLimits) -> Member:
+    return Member(user, user.protocols if user.protocols is not None else tuple(Protocol), limits)
 
 
 def _in_order(protocols: Sequence[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import structlog
 
 from controller.accounts import errors, identity, rows
 from controller.accounts.newpassword import PasswordChanges
+from controller.accounts.principal import Plan, Role
 from controller.accounts.rows import User
 from controller.accounts.service import Also, EndService
 from controller.accounts.tables import UserRow
@@ -52,6 +53,8 @@ class Administration:
         *,
         email: str | None = None,
         password: str | None = None,
+        role: Role | None = None,
+        plan: Plan | None = None,
         active: bool | None = None,
         protocols: Sequence[str] | None = None,
         also: Also | None = None,
@@ -75,6 +78,7 @@ class Administration:
         async with self._database.transaction() as tx:
             row = await rows.numbered(tx.session, number, lock=True)
             rows.set_email(row, email)
+            await _set_standing(tx, row, role, plan)
             if protocols is not None:
                 row.protocols = " ".join(protocols)
             if new is not None:
@@ -109,3 +113,12 @@ class Administration:
             for end_service in self._end_services:
                 await end_service(tx, row.id, "deactivated")
         log.info("accounts.activated" if active else "accounts.deactivated", user_id=row.id)
+
+
+async def _set_standing(tx: Transaction, row: UserRow, role: Role | None, plan: Plan | None) -> None:
+    before = row.role, row.plan
+    if role is not None and role is not Role.ADMIN:
+        await rows.keep_an_admin(tx.session, row)
+    row.role, row.plan = role or row.role, plan or row.plan
+    if (row.role, row.plan) != before:
+        log.info("accounts.standing_changed", user_id=row.id, role=row.role, plan=row.plan)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from controller.access.standing import Standing
 from controller.desired import service as desired
 from controller.secretbox import SecretBox
+from controller.store.bulk import batched
 from controller.store.database import Transaction
 from controller.tunnels.addresses import Pool
 from controller.tunnels.tables import AllocationRow, ConnectionRow
@@ -24,6 +27,14 @@ class Peers:
     def addresses(self, slot: int | None) -> tuple[str, ...]:
         """What the client has inside the tunnel; none once the connection has ended."""
         return self._pool.client_addresses(slot) if slot is not None else ()
+
+    async def addresses_of(self, session: AsyncSession, connection_ids: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """By connection; those that have ended are not in it."""
+        found: dict[str, tuple[str, ...]] = {}
+        for chunk in batched(sorted(connection_ids)):
+            rows = await session.scalars(sa.select(AllocationRow).where(AllocationRow.connection_id.in_(chunk)))
+            found |= {row.connection_id: self.addresses(row.slot) for row in rows if row.connection_id is not None}
+        return found
 
     async def put(self, tx: Transaction, row: ConnectionRow, slot: int, standing: Standing) -> int:
         """Let the node have the peer; return its scope's revision."""

@@ -216,6 +216,8 @@ class Enforcement:
         if Topic.LIMITS in committed.topics:
             self._due, self._changed = self._clock(), True
             self._wake.set()
+        elif self._sessions.untidy:
+            self._wake.set()
 
 
 def _untold(kind: EventKind) -> sa.ColumnElement[bool]:

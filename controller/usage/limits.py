@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -71,6 +72,11 @@ NO_LIMITS = AccountLimits()
 async def read(session: AsyncSession, user_id: str) -> AccountLimits:
     row = await session.get(LimitsRow, user_id)
     return _limits_from_row(row) if row is not None else NO_LIMITS
+
+
+async def read_all(session: AsyncSession) -> dict[str, AccountLimits]:
+    """By user; those without limits are not in it."""
+    return {row.user_id: _limits_from_row(row) for row in await session.scalars(sa.select(LimitsRow))}
 
 
 class Limits:

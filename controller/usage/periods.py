@@ -31,6 +31,22 @@ def next_reset(period: Period, began: datetime, now: datetime) -> datetime | Non
             )
 
 
+def latest_reset(period: Period, began: datetime, now: datetime) -> datetime:
+    """The last boundary that is not after `now`; the beginning where the quota is for ever."""
+    first, today = _midnight(began), _midnight(now)
+    match period:
+        case Period.NONE:
+            return first
+        case Period.DAILY:
+            return today
+        case Period.WEEKLY:
+            return today - timedelta(days=(today - first).days % 7)
+        case Period.MONTHLY:
+            boundary = _on_day(today.year, today.month, first.day)
+            last_month = today.replace(day=1) - timedelta(days=1)
+            return boundary if boundary <= now else _on_day(last_month.year, last_month.month, first.day)
+
+
 def _midnight(moment: datetime) -> datetime:
     return moment.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 

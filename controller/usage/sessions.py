@@ -14,7 +14,8 @@ from controller.desired import service as desired
 from controller.desired.tables import DesiredRow
 from controller.events.service import EventKind, emit
 from controller.store.bulk import batched
-from controller.store.database import Database, Transaction
+from controller.store.database import Committed, Database, Topic, Transaction
+from controller.usage import errors
 from controller.usage.book import Book
 from controller.usage.entries import Entry
 from controller.usage.entries import Session as Session
@@ -49,6 +50,8 @@ class Sessions:
         self._end_connections = end_connections
         self._asked: set[tuple[str, str]] = set()  # node id, session id of those that nodes were told to end
         self._over: set[tuple[str, str]] = set()  # of those, the ones that have ended
+        self._stale = False  # another process may have told nodes, too
+        database.listen(self._committed)
 
     async def load(self) -> None:
         """Read which sessions nodes were told to end."""
@@ -58,13 +61,21 @@ class Sessions:
                     DesiredRow.kind == Kind.SESSION_END, DesiredRow.deleted.is_(False)
                 )
             )
-            self._asked = {(row.scope.removeprefix("node:"), row.key) for row in rows}
-        self._over = {asked for asked in self._asked if self._book.get(*asked) is None}
+            found = {(row.scope.removeprefix("node:"), row.key) for row in rows}
+        self._asked |= found
+        self._over |= {asked for asked in found if self._book.get(*asked) is None}
 
     def live(self, user_id: str | None = None, node_id: str | None = None) -> list[Session]:
         """Oldest first."""
         entries = sorted(self._entries(user_id, node_id), key=lambda entry: (entry.since, entry.id))
         return [entry.shown() for entry in entries]
+
+    def find(self, session_id: str) -> Session:
+        """The live one with this id; raise SessionNotFound."""
+        for entry in self._book:
+            if entry.id == session_id:
+                return entry.shown()
+        raise errors.SessionNotFound(id=session_id)
 
     def users_by_protocol(self, node_id: str | None = None) -> dict[str, int]:
         """How many accounts are on by each protocol that anybody is on by."""
@@ -146,10 +157,13 @@ class Sessions:
 
     @property
     def untidy(self) -> bool:
-        return bool(self._over)
+        return self._stale or bool(self._over)
 
     async def tidy(self) -> None:
         """Take back what nodes were told of sessions that have ended."""
+        if self._stale:
+            await self.load()
+            self._stale = False
         over = sorted(self._over)
         for chunk in batched(over):
             nodes: defaultdict[str, list[str]] = defaultdict(list)
@@ -174,6 +188,10 @@ class Sessions:
         if count:
             log.info("usage.purged", rows=count)
         return count
+
+    def _committed(self, committed: Committed) -> None:
+        if committed.scopes is None and Topic.EVENTS in committed.topics:  # each kick is one
+            self._stale = True
 
     def _entries(self, user_id: str | None, node_id: str | None) -> Iterable[Entry]:
         if user_id is not None:

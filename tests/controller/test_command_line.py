@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shlex
 import socket
@@ -10,12 +11,20 @@ import stat
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
+import sqlalchemy as sa
 
-from controller.config import new_secret_line
+from controller.accounts.tables import UserRow
+from controller.config import new_secret_line, read_secrets
+from controller.desired.tables import DesiredRow
+from controller.fleet.tables import NodeRow
+from controller.store.database import Database, open_database
+from controller.usage.tables import LimitsRow, SessionRow, UsageRow
 from shared import jointoken
 
 PASSWORD = "correct horse battery"
@@ -34,6 +43,64 @@ async def controller(*arguments: str | Path, stdin: str = "") -> tuple[int, str,
     output, errors = await process.communicate(stdin.encode())
     assert process.returncode is not None
     return process.returncode, output.decode(), errors.decode()
+
+
+class Desk:
+    """An administrator at the command line of one controller."""
+
+    def __init__(self, directory: Path) -> None:
+        self._config = directory / "controller.yaml"
+        secrets = read_secrets(directory / "secret.key")
+        self.database: Database = open_database(f"sqlite+aiosqlite:///{directory}/controller.db", secrets)
+
+    async def types(self, *arguments: str, stdin: str = "") -> str:
+        status, output, errors = await controller(*arguments, "--config", self._config, stdin=stdin)
+        assert (status, errors) == (0, "")
+        return output
+
+    async def fails(self, *arguments: str) -> str:
+        status, output, errors = await controller(*arguments, "--config", self._config)
+        assert (status, output) == (1, "")
+        return errors
+
+    async def asks(self, *arguments: str) -> Any:
+        return json.loads(await self.types(*arguments, "-o", "json"))
+
+    async def adds(self, name: str, *options: str) -> None:
+        add = ("user", "add", name, "--email", f"{name}@example.org", "--password-stdin")
+        await self.types(*add, *options, stdin=f"{PASSWORD}\n")
+
+    async def ids(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Of accounts and of nodes, by name."""
+        async with self.database.read() as session:
+            users = {row.username: row.id for row in await session.scalars(sa.select(UserRow))}
+            return users, {row.name: row.id for row in await session.scalars(sa.select(NodeRow))}
+
+    async def stores(self, *rows: object) -> None:
+        async with self.database.transaction() as tx:
+            tx.session.add_all(rows)
+
+    async def to_end(self) -> set[str]:
+        """The sessions that nodes are told to end."""
+        asked = sa.select(DesiredRow.key).where(DesiredRow.kind == "session.end", DesiredRow.deleted.is_(False))
+        async with self.database.connect() as connection:
+            return set(await connection.scalars(asked))
+
+
+@pytest.fixture
+async def desk(directory: Path) -> AsyncIterator[Desk]:
+    desk = Desk(directory)
+    yield desk
+    await desk.database.close()
+
+
+def session_row(name: str, user_id: str, node_id: str, **columns: Any) -> SessionRow:
+    values: dict[str, Any] = {
+        "protocol": "openvpn", "username": "x", "connection_id": None, "remote": "203.0.113.9:4711",
+        "address": "10.67.0.2", "started_at": datetime(2026, 11, 1, 12, tzinfo=UTC), "rx": 1_500_000, "tx": 20,
+        "exact": True,
+    }  # fmt: skip
+    return SessionRow(id=name, user_id=user_id, node_id=node_id, **(values | columns))
 
 
 def free_port() -> int:
@@ -154,6 +221,102 @@ async def test_it_is_administered_beside_the_running_one(directory: Path) -> Non
         status, _, errors = await controller("node", "confirm", "fra1", "--config", config)
         assert status == 1
         assert "fra1" in errors
+
+
+async def test_sessions_are_listed_and_ended(desk: Desk) -> None:
+    assert await desk.types("session", "list") == "USER\tPROTOCOL\tNODE\tADDRESS\tFROM\tSINCE\tRX\tTX\tID\n"
+    for name in ("alice", "bob"):
+        await desk.adds(name)
+    for name in ("fra1", "ams1"):
+        await desk.types("node", "token", "--name", name, "--country", "DE", "--city", "x")
+    users, nodes = await desk.ids()
+    later = datetime(2026, 11, 2, tzinfo=UTC)
+    await desk.stores(
+        session_row("s1", users["alice"], nodes["fra1"]),
+        session_row("s2", users["alice"], nodes["ams1"], protocol="ssh", address="", started_at=later),
+        session_row("s3", users["bob"], nodes["fra1"], started_at=later),
+        session_row("s4", users["bob"], nodes["fra1"], ended_at=later),
+    )
+
+    lines = (await desk.types("session", "list")).splitlines()
+    since = "2026-11-01T12:00:00Z"
+    first = ["alice", "openvpn", "fra1", "10.67.0.2", "203.0.113.9:4711", since, "1.5 MB", "20 B", "s1"]
+    assert lines[1].split("\t") == first
+    assert [line.split("\t")[-1] for line in lines[1:]] == ["s1", "s2", "s3"]
+    for option, value, wanted in (("--user", "alice", ["s1", "s2"]), ("--node", "fra1", ["s1", "s3"])):
+        assert [found["id"] for found in await desk.asks("session", "list", option, value)] == wanted
+    (exact,) = await desk.asks("session", "list", "--user", "alice", "--node", "fra1")
+    assert (exact["rx"], exact["tx"], exact["addresses"], exact["since"]) == (1_500_000, 20, ["10.67.0.2"], since)
+
+    assert await desk.types("session", "end", "s3") == "s3 is to end\n"
+    assert await desk.to_end() == {"s3"}
+    assert await desk.types("session", "kick", "alice") == "alice: 2 sessions to end\n"
+    assert await desk.to_end() == {"s1", "s2", "s3"}
+    assert "no session s4 lives" in await desk.fails("session", "end", "s4")
+    assert "no such user" in await desk.fails("session", "kick", "carol")
+    assert "no such user" in await desk.fails("session", "list", "--user", "carol")
+    assert "ber9" in await desk.fails("session", "list", "--node", "ber9")
+
+
+async def test_an_account_is_shown_with_its_limits_traffic_and_sessions(desk: Desk) -> None:
+    await desk.adds("alice", "--protocols", "ssh,openvpn")
+    await desk.adds("bob")
+    limits = ("--quota-bytes", "50000000000", "--quota-period", "monthly", "--max-sessions", "2")
+    await desk.types("user", "set", "alice", *limits, "--expires-at", "2031-01-31", "--rate-down", "20000000")
+    await desk.types("node", "token", "--name", "fra1", "--country", "DE", "--city", "x")
+    users, nodes = await desk.ids()
+    this_hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    used = {"user_id": users["alice"], "node_id": nodes["fra1"], "hour": this_hour}
+    await desk.stores(
+        session_row("s1", users["alice"], nodes["fra1"]),
+        UsageRow(protocol="ssh", rx=1_000_000, tx=2_000_000, **used),
+        UsageRow(protocol="openvpn", rx=5, tx=7, **used),
+        UsageRow(protocol="ssh", rx=10**12, tx=0, **used | {"hour": datetime(2020, 1, 1, tzinfo=UTC)}),
+    )
+    async with desk.database.transaction() as tx:
+        await tx.session.execute(sa.update(LimitsRow).values(used_bytes=1_200_000_000))
+
+    header, alice, bob = (line.split("\t") for line in (await desk.types("user", "list")).splitlines())
+    assert header[-4:] == ["PROTOCOLS", "QUOTA", "EXPIRES", "SESSIONS"]
+    assert alice[-4:] == ["openvpn,ssh", "1.2 GB/50 GB monthly", "2031-01-31T00:00:00Z", "1/2"]
+    assert bob[-4:] == ["any", "-", "never", "0"]
+    assert [found["sessions"] for found in await desk.asks("user", "list")] == [1, 0]
+
+    text = await desk.types("user", "show", "alice")
+    shown = dict(line.split(None, 1) for line in text.partition("\n\n")[0].splitlines())
+    assert (shown["email"], shown["role"], shown["plan"]) == ("alice@example.org", "user", "free")
+    assert shown["quota"].startswith("1.2 GB/50 GB monthly, anew at ")
+    assert (shown["sessions"], shown["speed"]) == ("at most 2", "20 Mbit/s down")
+    assert shown["traffic"].startswith("1 MB from it, 2 MB to it, since ")
+    assert shown["traffic"].endswith("(openvpn 12 B, ssh 3 MB)")
+    assert text.splitlines()[-1].startswith("alice\topenvpn\tfra1\t")
+    exact = await desk.asks("user", "show", "alice")
+    assert exact["traffic"]["protocols"] == {"ssh": {"rx": 10**6, "tx": 2 * 10**6}, "openvpn": {"rx": 5, "tx": 7}}
+    assert (exact["quota_bytes"], exact["rate_down"], exact["rate_up"]) == (5 * 10**10, 2 * 10**7, None)
+    assert [session["id"] for session in exact["sessions"]] == ["s1"]
+    assert (await desk.types("user", "show", "bob")).endswith("no live session\n")
+
+
+async def test_role_and_plan_are_changed_and_one_administrator_stays(desk: Desk) -> None:
+    await desk.adds("alice", "--role", "admin")
+    assert "only administrator; make another one first" in await desk.fails("user", "set", "alice", "--role", "user")
+    await desk.adds("bob")
+    told = await desk.types("user", "set", "bob", "--role", "admin", "--plan", "pro")
+    assert told.startswith("bob: active, admin, plan pro")
+    await desk.types("user", "set", "alice", "--role", "user")
+    assert [(user["role"], user["plan"]) for user in await desk.asks("user", "list")] == [
+        ("user", "free"),
+        ("admin", "pro"),
+    ]
+
+
+async def test_nodes_are_told_as_json_too(desk: Desk) -> None:
+    await desk.types("node", "token", "--name", "fra1", "--country", "DE", "--city", "Frankfurt")
+    (listed,) = await desk.asks("node", "list")
+    assert (listed["name"], listed["country"], listed["status"], listed["last_seen_at"]) == (
+        "fra1", "DE", "enabled", None,
+    )  # fmt: skip
+    assert await desk.asks("node", "status", "fra1") == listed | {"servers": {}}
 
 
 async def test_health_readiness_and_metrics(directory: Path) -> None:

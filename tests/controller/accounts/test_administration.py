@@ -10,7 +10,7 @@ from controller.accounts import errors
 from controller.accounts.administration import Administration
 from controller.accounts.newpassword import PasswordChanges
 from controller.accounts.passwords import Passwords
-from controller.accounts.principal import Role
+from controller.accounts.principal import Plan, Role
 from controller.accounts.service import FRESH, Accounts, Client, User
 from controller.errors import InvalidInput
 from controller.store.database import Database, Transaction
@@ -126,6 +126,30 @@ async def test_the_last_administrator_stays(accounts: Accounts, administration: 
     with pytest.raises(errors.LastAdmin):
         await administration.delete_user(second.number)
     await administration.delete_user(first.number)
+
+
+async def test_role_and_plan_reach_the_holder_of_a_token(accounts: Accounts, administration: Administration) -> None:
+    await make(accounts, "root-a", Role.ADMIN)
+    user = await make(accounts)
+    token, _ = await accounts.login("alice", PASSWORD, "skynet", CLIENT)
+    changed = await administration.update_user(user.number, role=Role.ADMIN, plan=Plan.PRO)
+    assert (changed.role, changed.plan) == (Role.ADMIN, Plan.PRO)
+    holder = await accounts.authenticate(token)
+    assert (holder.role, holder.plan) == (Role.ADMIN, Plan.PRO)
+    await administration.update_user(user.number, role=Role.USER)
+    assert (await accounts.authenticate(token)).role is Role.USER
+
+
+async def test_the_last_administrator_keeps_the_role(accounts: Accounts, administration: Administration) -> None:
+    first = await make(accounts, "root-a", Role.ADMIN)
+    second = await make(accounts, "root-b", Role.ADMIN)
+    await administration.update_user(second.number, active=False)
+    with pytest.raises(errors.LastAdmin):
+        await administration.update_user(first.number, role=Role.USER, plan=Plan.PRO)
+    assert await administration.user_by_number(first.number) == first
+    await administration.update_user(first.number, role=Role.ADMIN)
+    await administration.update_user(second.number, active=True)
+    assert (await administration.update_user(first.number, role=Role.USER)).role is Role.USER
 
 
 async def test_a_deleted_account_is_gone_with_its_logins_and_its_name_is_free(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.usage.periods import Period, next_reset
+from controller.usage.periods import Period, latest_reset, next_reset
 
 moments = st.integers(946_684_800, 4_102_444_800).map(lambda seconds: datetime.fromtimestamp(seconds, UTC))
 
@@ -29,6 +29,18 @@ def test_the_next_reset_is_a_midnight_within_one_period(period: Period, began: d
     assert following is not None
     assert following - reset >= timedelta(days={Period.DAILY: 1, Period.WEEKLY: 7, Period.MONTHLY: 28}[period])
     assert next_reset(period, began, reset - timedelta(microseconds=1)) == reset  # nothing in between is skipped
+
+
+@given(st.sampled_from([Period.DAILY, Period.WEEKLY, Period.MONTHLY]), moments, moments)
+def test_the_latest_reset_is_the_one_before_the_next(period: Period, began: datetime, now: datetime) -> None:
+    latest = latest_reset(period, began, now)
+    assert latest <= now
+    assert next_reset(period, began, latest) == next_reset(period, began, now)
+
+
+def test_without_a_period_all_counts_since_the_first_day() -> None:
+    began = datetime(2026, 1, 1, 9, 30, tzinfo=UTC)
+    assert latest_reset(Period.NONE, began, datetime(2026, 2, 1, tzinfo=UTC)) == datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @given(moments, moments)

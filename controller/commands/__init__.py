@@ -1,0 +1,1 @@
+"""What an administrator can type beside the running controller."""
