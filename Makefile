@@ -7,7 +7,7 @@ SYSTEM := requirements/install-system
 RUNTIME_PACKAGES := wireguard-go wireguard-tools nftables iproute2 iputils-ping procps
 PROTOCOL_PACKAGES := openvpn openssh-server openssh-client charon-systemd libstrongswan-standard-plugins xl2tpd ppp
 DEMO_PACKAGES := openvpn openssh-server openssh-client curl
-TEST_PACKAGES := $(RUNTIME_PACKAGES) $(PROTOCOL_PACKAGES) curl iperf3 sshpass systemd
+TEST_PACKAGES := $(RUNTIME_PACKAGES) $(PROTOCOL_PACKAGES) curl iperf3 sshpass systemd postgresql
 BENCH_PACKAGES := $(TEST_PACKAGES) wrk prometheus-node-exporter strace
 CHECKED := controller agent shared tests bench
 
@@ -44,7 +44,7 @@ check: $(VENV)/.installed ## format, lint, types
 pytest: install
 	@$(SYSTEM) $(TEST_PACKAGES)
 	@tests/systemd/setup $(RUNTIME_PACKAGES) $(PROTOCOL_PACKAGES)
-	@$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not kernel"
+	@SKYNETVPN_POSTGRESQL_TESTS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not kernel"
 
 test-kernel: install ## the tests that need WireGuard and L2TP in the kernel, in a virtual machine
 	@$(SYSTEM) $(TEST_PACKAGES)
@@ -62,9 +62,9 @@ LOCK := $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-an
 
 lock: $(VENV)/.installed ## make the requirement files anew from pyproject.toml
 	@$(VENV)/bin/pip install --quiet uv
-	@$(LOCK) --extra controller pyproject.toml -o requirements/controller.txt
+	@$(LOCK) --extra controller --extra postgresql pyproject.toml -o requirements/controller.txt
 	@$(LOCK) --extra agent pyproject.toml -o requirements/agent.txt
-	@$(LOCK) --extra controller --extra agent --extra dev pyproject.toml -o requirements/dev.txt
+	@$(LOCK) --extra controller --extra postgresql --extra agent --extra dev pyproject.toml -o requirements/dev.txt
 	@$(LOCK) bench/peers/requirements.in -o requirements/bench.txt
 
 clean: ## forget everything that the targets made here

@@ -15,7 +15,11 @@ class UserRow(Table):
 
     __tablename__ = "users"
 
-    number: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=True)
+    number: Mapped[int] = mapped_column(
+        sa.BigInteger().with_variant(sa.Integer, "sqlite"),  # there only an INTEGER counts by itself
+        primary_key=True,
+        autoincrement=True,
+    )
     id: Mapped[str] = mapped_column(sa.String(36), unique=True)
     username: Mapped[str]
     username_key: Mapped[str] = mapped_column(unique=True)

@@ -187,6 +187,8 @@ class Intake:
         )
 
     def _report(self, frame: Report) -> None:
+        if "\0" in frame.boot_id + frame.generation:  # PostgreSQL keeps no such text
+            raise ProtocolViolation("the report names its boot or its interface with a NUL")
         if frame.load is not None:
             self._directory.set_load(self._node.node_id, frame.load)
         self._on_report(self._node.node_id, frame)

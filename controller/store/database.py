@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
+import structlog
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
@@ -20,6 +21,17 @@ from controller.store.tables import FactRow, TopicRow
 from controller.store.types import new_id
 
 BUSY_TIMEOUT = 5.0  # seconds that a writer waits for another process's transaction
+_CONNECT_TIMEOUT = 5.0
+_ABANDONED = 30.0  # seconds after which PostgreSQL ends a transaction that asks nothing: its process has stopped
+_POOL = 8
+_WRITER = 0x736B796E6574  # the advisory lock of whoever writes
+
+# Conditions of PostgreSQL that pass, by SQLSTATE or its class: the connection lost, rolled back for another
+# transaction, no room, ended by an operator, the machine's error; a lock not had in time, a standby, a transaction that
+# took too long; a table that is not there or not ours yet (a backup is being restored), or changed (an upgrade).
+_PASSING = ("08", "40", "53", "57", "58", "55P03", "25006", "25P03", "42P01", "42501", "0A000")
+
+log = structlog.get_logger()
 
 
 class Topic(StrEnum):
@@ -86,14 +98,18 @@ class Transaction:
 class Database:
     """One database, and the box for the secrets that rest in it.
 
-    Readers run side by side; on SQLite one writer at a time, queued fairly in this process.
+    Readers run side by side, and see one moment of it; one writer at a time, queued fairly in this process, so that
+    a unit of work never meets half of another, cannot deadlock, and need not be repeated.
     """
 
     def __init__(self, engine: AsyncEngine, secrets: SecretBox) -> None:
         self.engine = engine
         self.secrets = secrets
         self._writer = engine.execution_options(write=True)
-        self._turn = asyncio.Lock() if engine.dialect.name == "sqlite" else None
+        self._reader = engine
+        if engine.dialect.name == "postgresql":
+            self._reader = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        self._turn = asyncio.Lock()
         self._listeners: list[Listener] = []
 
     def listen(self, listener: Listener) -> None:
@@ -106,9 +122,7 @@ class Database:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
-        async with AsyncExitStack() as stack:
-            if self._turn is not None:
-                await stack.enter_async_context(self._turn)
+        async with self._turn:
             try:
                 async with AsyncSession(self._writer, expire_on_commit=False) as session:
                     transaction = Transaction(session, self.secrets)
@@ -124,7 +138,7 @@ class Database:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
         try:
-            async with AsyncSession(self.engine, expire_on_commit=False) as session:
+            async with AsyncSession(self._reader, expire_on_commit=False) as session:
                 yield session
         except (DBAPIError, PoolExhausted) as error:
             raise translate(error) from error
@@ -133,7 +147,7 @@ class Database:
     async def connect(self) -> AsyncIterator[AsyncConnection]:
         """A bare connection for the hot reads that use Core."""
         try:
-            async with self.engine.connect() as connection:
+            async with self._reader.connect() as connection:
                 yield connection
         except (DBAPIError, PoolExhausted) as error:
             raise translate(error) from error
@@ -154,17 +168,32 @@ class Database:
 def open_database(url: str, secrets: SecretBox) -> Database:
     """Open `sqlite+aiosqlite:///path` or `postgresql+asyncpg://…`; nothing is connected yet."""
     if url.startswith("sqlite"):
-        engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT}, pool_size=8, max_overflow=0)
+        engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT}, pool_size=_POOL, max_overflow=0)
         sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
         sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
     else:
-        engine = create_async_engine(url, pool_pre_ping=True)
+        server_settings = {
+            "application_name": "skynetvpn-controller",
+            "lock_timeout": f"{BUSY_TIMEOUT:.0f}s",
+            "idle_in_transaction_session_timeout": f"{_ABANDONED:.0f}s",
+        }
+        engine = create_async_engine(
+            url,
+            connect_args={"timeout": _CONNECT_TIMEOUT, "server_settings": server_settings},
+            pool_size=_POOL,
+            max_overflow=0,
+            pool_pre_ping=True,  # what a restarted server has closed is replaced before it is used
+        )
+        sa.event.listen(engine.sync_engine, "do_connect", _Connecting())
+        sa.event.listen(engine.sync_engine, "begin", _begin_postgresql)
     return Database(engine, secrets)
 
 
 def translate(error: DBAPIError | PoolExhausted) -> Exception:
     """A lost, locked, full or overrun database becomes StoreUnavailable; a broken rule stays what it is."""
     if isinstance(error, PoolExhausted | OperationalError) or error.connection_invalidated:
+        return StoreUnavailable()
+    if str(getattr(error.orig, "sqlstate", None) or "").startswith(_PASSING):
         return StoreUnavailable()
     return error
 
@@ -182,6 +211,35 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     # A writer takes its lock at once: upgrading a read lock later fails without waiting when another process wrote.
     write = connection.get_execution_options().get("write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+class _Connecting:
+    """Makes PostgreSQL's connections; what keeps it from that is logged once, and is an error of the driver's kind."""
+
+    def __init__(self) -> None:
+        self._failing = False
+
+    def __call__(self, dialect: Any, _record: object, arguments: list[Any], options: dict[str, Any]) -> Any:
+        try:
+            connection = dialect.loaded_dbapi.connect(*arguments, **options)
+        except Exception as error:
+            # The driver raises what the socket or the server said, before the engine's own translation begins.
+            reason = str(error) or type(error).__name__
+            if not self._failing:
+                log.warning("store.connect_failed", reason=reason)
+            self._failing = True
+            raise dialect.loaded_dbapi.OperationalError(reason) from error
+        if self._failing:
+            log.info("store.connect_restored")
+        self._failing = False
+        return connection
+
+
+def _begin_postgresql(connection: sa.Connection) -> None:
+    # The server's default isolation, READ COMMITTED, is what a writer needs: each statement sees all that the writers
+    # before have committed, which a snapshot taken before the lock would not.
+    if connection.get_execution_options().get("write", False):
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER})")
 
 
 async def _bump(session: AsyncSession, topics: set[Topic]) -> None:

@@ -55,6 +55,6 @@ class Watcher:
         moved = frozenset(
             Topic(name) for name, revision in rows if self._seen.get(name) != revision and name in _TOPICS
         )
-        first, self._seen = not self._seen, {row.name: row.revision for row in rows}
-        if moved and not first:
+        self._seen = {row.name: row.revision for row in rows}
+        if moved:  # at the first look all of them: what was read before it may be older
             self._database.tell(Committed(moved, None))

@@ -331,6 +331,17 @@ async def test_a_malformed_frame_ends_the_session_with_a_reason(port: NodePort, 
     await agent.close()
 
 
+@pytest.mark.parametrize("name", ["boot_id", "generation"])
+async def test_a_report_that_cannot_be_stored_ends_the_session(port: NodePort, name: str) -> None:
+    agent = await port.enrolled()
+    await agent.connect()
+    await agent.send(Report(**{"sequence": 1, "boot_id": agent.boot_id, "generation": "g", name: "a\0b"}))
+    await until(lambda: agent.closed)
+    assert agent.bye is not None and "NUL" in agent.bye.reason
+    assert not port.reports
+    await agent.close()
+
+
 async def test_an_unknown_kind_is_skipped(port: NodePort) -> None:
     agent = await port.enrolled()
     await agent.connect()

@@ -16,6 +16,7 @@ from controller.store.database import Database
 from controller.store.types import new_id
 from shared import desired
 from shared.desired import EMPTY_DIGEST, Kind, Peer
+from tests.support.postgresql import only
 
 SCOPE = "node:1"
 
@@ -84,6 +85,7 @@ async def test_ten_thousand_peers_in_one_change(database: Database) -> None:
     assert state.digest == desired.digest(peers)
 
 
+@only("sqlite")
 async def test_a_change_is_looked_up_by_the_whole_key(database: Database) -> None:
     """With a part of it SQLite walks through the whole scope, for every single peer that comes or goes."""
     asked: list[tuple[str, tuple[str, ...]]] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +20,8 @@ ROWS_PER_TABLE = 3
 
 
 @pytest.fixture
-async def first(tmp_path: Path, secrets: SecretBox) -> AsyncIterator[Database]:
-    database = open_database(f"sqlite+aiosqlite:///{tmp_path / 'first.db'}", secrets)
+async def first(empty_url: str, secrets: SecretBox) -> AsyncIterator[Database]:
+    database = open_database(empty_url, secrets)
     await run(database, lambda connection: command.upgrade(alembic_config(connection), FIRST))
     yield database
     await database.close()
@@ -52,9 +51,8 @@ def value(table: sa.Table, column: sa.Column[Any], number: int) -> object:
     if isinstance(column.type, sa.Boolean):
         return bool(number % 2)
     if isinstance(column.type, sa.String | sa.Text):
-        return {"nodes.status": "enabled", "nodes.plan": "free"}.get(
-            f"{table.name}.{column.name}", f"{table.name}.{column.name}.{number}"
-        )
+        name = f"{table.name}.{column.name}"
+        return {"nodes.status": "enabled", "nodes.plan": "free", "nodes.country": "DE"}.get(name, f"{name}.{number}")
     return 1_700_000_000_000_000 + number
 
 
@@ -93,6 +91,8 @@ async def test_foreign_keys_and_indexes_hold_as_before(first: Database) -> None:
     before = await run(first, indexes)
     await migrate(first)
     assert before <= await run(first, indexes)
+    if first.engine.dialect.name == "postgresql":
+        return  # it checks at every write
     broken = await run(first, lambda connection: connection.execute(sa.text("PRAGMA foreign_key_check")).all())
     assert broken == []
     sound = await run(first, lambda connection: connection.execute(sa.text("PRAGMA integrity_check")).scalar_one())

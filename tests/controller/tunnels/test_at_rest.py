@@ -11,6 +11,9 @@ import sqlalchemy as sa
 from controller.access.tables import CredentialRow
 from controller.desired.tables import DesiredRow
 from controller.tunnels.tables import ConnectionRow
+from tests.support.postgresql import only
+
+pytestmark = only("sqlite")  # PostgreSQL's files are not the controller's
 
 
 def held(directory: Path, secret: bytes) -> list[str]:

@@ -88,8 +88,8 @@ async def test_even_a_session_since_the_beginning_of_time_cannot_have_moved_2_to
     ],
 )
 async def test_sessions_that_cannot_be_are_refused_and_counted(world: Any, strange: dict[str, Any]) -> None:
-    session_id = strange.pop("id", "s1")
-    await world.store(world.stats(session_id, rx=5, **strange), world.stats("good", rx=1))
+    told = {"rx": 5, **strange}
+    await world.store(world.stats(told.pop("id", "s1"), **told), world.stats("good", rx=1))
     assert [session.id for session in world.sessions.live()] == ["good"]
     assert await world.usage("bob") == {}
     assert world.registry.get_sample_value("skynetvpn_sessions_refused_total", {"node": NODES[0]}) == 1

@@ -80,7 +80,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "users",
-        sa.Column("number", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("number", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=36), nullable=False),
         sa.Column("username", sa.String(length=255), nullable=False),
         sa.Column("username_key", sa.String(length=255), nullable=False),
