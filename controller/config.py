@@ -8,12 +8,15 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from importlib.util import find_spec
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import yaml
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from controller.accounts.principal import Plan
 from controller.secretbox import SecretBox
@@ -23,6 +26,7 @@ from shared.settings import SettingsError, check, load
 ENVIRONMENT_PREFIX = "SKYNETVPN"
 CONTRACTS = ("skynet", "skypanel", "prime", "cloudvps", "irssh")
 _SECRET_BYTES = 32
+_DRIVERS = {"sqlite+aiosqlite": "aiosqlite", "postgresql+asyncpg": "asyncpg"}  # scheme of a URL -> its package
 
 
 def _listen(value: str) -> str:
@@ -38,6 +42,24 @@ def _dial(value: str) -> str:
     host, port = split_address(value)
     if not host or not 1 <= port <= 65535:
         raise ValueError("expected host:port")
+    return value
+
+
+def _database(value: str) -> str:
+    """The URL may hold a password: no problem repeats any of it but the scheme."""
+    scheme = value.partition(":")[0]
+    if scheme not in _DRIVERS:
+        raise ValueError(f"expected a URL that begins with {' or '.join(f'{known}://' for known in _DRIVERS)}")
+    try:
+        url = make_url(value)
+    except (ArgumentError, ValueError):
+        raise ValueError(f"is no URL; expected {scheme}://…, with %XX for special characters in it") from None
+    if not url.database:
+        raise ValueError("names no database")
+    if find_spec(_DRIVERS[scheme]) is None:
+        raise ValueError(
+            f"{_DRIVERS[scheme]} is not installed; run pip install {_DRIVERS[scheme]} in the controller's environment"
+        )
     return value
 
 
@@ -184,7 +206,7 @@ class PlanLimits:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    database_url: str
+    database_url: str = field(repr=False, metadata=check(_database))
     ca_directory: Path
     secret_key_file: Path
     listen: str = field(default="127.0.0.1:8080", metadata=check(_listen))
@@ -234,7 +256,7 @@ def read_config(path: Path, environ: Mapping[str, str]) -> Config:
         secret_key_file=base / config.secret_key_file,
         database_url=_absolute_sqlite(config.database_url, base),
     )
-    if problems := _dangers(config) + _overlaps(config):
+    if problems := _dangers(config) + _exposed(path, mapping, config) + _overlaps(config):
         raise SettingsError(str(path), problems)
     return config
 
@@ -287,6 +309,14 @@ def _dangers(config: Config) -> list[str]:
     except OSError as error:
         problems.append(f"secret_key_file: {config.secret_key_file} cannot be read: {error.strerror}")
     return problems
+
+
+def _exposed(path: Path, mapping: Mapping[str, Any], config: Config) -> list[str]:
+    """The settings are no secret, but for a database's password."""
+    written = mapping.get("database_url") == config.database_url and make_url(config.database_url).password is not None
+    if not written or not path.stat().st_mode & 0o077:
+        return []
+    return [f"database_url: holds a password, and {path} can be read by others; run chmod 600 {path}"]
 
 
 def _overlaps(config: Config) -> list[str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,45 @@ def test_paths_are_relative_to_the_file(directory: Path) -> None:
     assert config.secret_key_file == directory / "secret.key"
     assert config.database_url == f"sqlite+aiosqlite:///{directory}/controller.db"
     assert read(directory, database_url="sqlite+aiosqlite:////srv/x.db").database_url.endswith(":////srv/x.db")
+
+
+POSTGRESQL = "postgresql+asyncpg://skynetvpn:s3cr3t@db.example.org/skynetvpn"
+
+
+def test_a_password_of_the_database_is_for_the_owner_of_the_file(directory: Path) -> None:
+    with pytest.raises(SettingsError, match=f"chmod 600 {directory}/controller.yaml"):
+        read(directory, database_url=POSTGRESQL)
+    (directory / "controller.yaml").chmod(0o600)
+    config = read(directory, database_url=POSTGRESQL)
+    assert config.database_url == POSTGRESQL
+    assert "s3cr3t" not in repr(config)
+    (directory / "controller.yaml").chmod(0o644)
+    assert read(directory, {"SKYNETVPN_DATABASE_URL": POSTGRESQL}).database_url == POSTGRESQL  # it is not in the file
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("postgresql://u:s3cr3t@h/d", "begins with sqlite+aiosqlite:// or postgresql+asyncpg://"),
+        ("mysql://u:s3cr3t@h/d", "begins with sqlite+aiosqlite:// or postgresql+asyncpg://"),
+        ("s3cr3t", "begins with sqlite+aiosqlite:// or postgresql+asyncpg://"),
+        ("postgresql+asyncpg://u:s3cr3t@h:s3cr3t/d", "is no URL"),
+        ("postgresql+asyncpg://u:s3cr3t@h", "names no database"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_told_without_its_password(directory: Path, url: str, reason: str) -> None:
+    told = problems(directory, database_url=url)
+    assert told.startswith("database_url: ") and reason in told
+    assert "s3cr3t" not in told
+
+
+def test_a_missing_driver_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncpg", None)  # as if it were not installed
+    told = problems(directory, {"SKYNETVPN_DATABASE_URL": POSTGRESQL})
+    assert told == (
+        "database_url (from SKYNETVPN_DATABASE_URL): asyncpg is not installed; "
+        "run pip install asyncpg in the controller's environment"
+    )
 
 
 def test_the_defaults_are_the_documented_ones(directory: Path) -> None:
