@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
 import secrets
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -20,23 +20,26 @@ import aiohttp
 import yaml
 
 from agent import config, files
+from agent.client import serving
 from agent.client.api import Api
 from agent.client.errors import Failure, Misuse
 from agent.client.output import Progress, fields, json_text
 from agent.client.profile import Profile
 from agent.drivers import commands
 from agent.errors import AgentError
+from shared.resource import Protocol
 
 _LISTEN, _NODE_LISTEN = "127.0.0.1:8080", "127.0.0.1:8443"
 _ADMIN = "admin"
 _NODE = "local"
 _START_SECONDS = 30.0
+_SETTLE_SECONDS = 20.0
+_STEADY_SECONDS = 4.0  # that a failure lasts before it is told: a server may wait for its certificate at first
 _STOP_SECONDS = 15.0
 _POLL_SECONDS = 0.1
 _LAST_WORDS = 15  # lines
 _TAKE_DOWN = 'To take them down: docs/operations.md, "Taking a host out of service"'
 _METRICS_TIMEOUT = aiohttp.ClientTimeout(total=5)
-_ONLINE = re.compile(r"^skynetvpn_agent_connected 1\b", re.MULTILINE)
 
 T = TypeVar("T")
 
@@ -140,8 +143,9 @@ class Installation:
             agent = await Child.start("agent", argv, self._directory / "agent.log")
             stack.push_async_callback(agent.stop)
             await _until(self._online, "the node does not come online", controller, agent)
+            servers = await self._settle(controller, agent)
         self._progress.done()
-        self._announce(url)
+        self._announce(url, servers)
         await _unless_ended(asyncio.Event().wait(), controller, agent)
 
     async def _initialise(self) -> None:
@@ -199,30 +203,71 @@ class Installation:
         return await commands.run([_script("skynetvpn-controller"), *argv, *settings], stdin=stdin, timeout=60)
 
     async def _online(self) -> bool:
-        """Whether the agent's link is up, by its own metrics; where they are turned off nothing can be asked."""
+        """Where the agent's metrics are turned off nothing can be asked."""
+        metrics = await self._metrics()
+        return metrics is None or serving.online(metrics)
+
+    async def _settle(self, *children: Child) -> Mapping[str, serving.Server]:
+        """What came of each protocol; one that takes longer than anybody would wait is told as such."""
+        protocols = config.load(self._agent_settings).protocols
+        self._progress.show(f"starting {', '.join(protocols)}")
+        try:
+            async with asyncio.timeout(_SETTLE_SECONDS):
+                return await _unless_ended(self._settled(protocols), *children)
+        except TimeoutError:
+            return await self._servers(protocols)
+
+    async def _settled(self, protocols: Sequence[Protocol]) -> Mapping[str, serving.Server]:
+        """When all of them run, or what fails has done so for a while."""
+        servers: Mapping[str, serving.Server] = {}
+        since = time.monotonic()
+        while True:
+            metrics, former = await self._metrics(), servers
+            if metrics is None or serving.tried(metrics, protocols):
+                found = await self._servers(protocols)
+                servers = found if serving.agree(metrics or "", found) else {}
+            if servers != former:
+                since = time.monotonic()
+            if servers and (serving.whole(servers) or time.monotonic() - since > _STEADY_SECONDS):
+                return servers
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _servers(self, protocols: Sequence[Protocol]) -> Mapping[str, serving.Server]:
+        return serving.servers_of(await self._controller("node", "status", _NODE, "--output", "json"), protocols)
+
+    async def _metrics(self) -> str | None:
+        """Of the agent; None where they are turned off, nothing where it does not answer yet."""
         address = config.load(self._agent_settings).metrics
         if not address:
-            return True
+            return None
         try:
             async with aiohttp.request("GET", f"http://{address}/metrics", timeout=_METRICS_TIMEOUT) as response:
-                return _ONLINE.search(await response.text()) is not None
+                return await response.text()
         except (aiohttp.ClientError, TimeoutError):
-            return False
+            return ""
 
-    def _announce(self, url: str) -> None:
+    def _announce(self, url: str, servers: Mapping[str, serving.Server]) -> None:
         self.announced = True
         if self._arguments.output == "json":
-            print(json_text({"url": url, "user": _ADMIN, "password": self._password}), flush=True)
+            told = {"url": url, "user": _ADMIN, "password": self._password, "protocols": servers}
+            print(json_text(told), flush=True)
             return
         pairs = [("API", f"{url}  (documentation: {url}/docs)"), ("user", _ADMIN)]
         client, controller = _script("skynetvpn"), _script("skynetvpn-controller")
         another = f"{controller} user set {_ADMIN} --password-stdin --config {self._settings}"
         pairs.append(("password", self._password or f"as it was printed once; for another one: {another}"))
         pairs.append(("files, logs", str(self._directory)))
+        pairs += [(protocol, server.words) for protocol, server in servers.items()]
+        again = f"{controller} node status {_NODE} --config {self._settings}"
+        but = (
+            ""
+            if serving.whole(servers)
+            else f"\nNot all of it: the agent tries again by itself; {again} says how far it is."
+        )
         print(
             f"""
 SkynetVPN runs on this machine. Ctrl-C ends the controller and the agent; tunnels and servers go on.
-{_TAKE_DOWN}
+{_TAKE_DOWN}{but}
 
 {fields(pairs)}
 

@@ -95,7 +95,7 @@ async def _status(arguments: argparse.Namespace) -> None:
         "problem": node.problem or "-",
     }
     servers: dict[str, dict[str, object]] = {
-        protocol: {"running": standing.applied and standing.problem is None, "problem": standing.problem}
+        protocol: {"status": "failed" if standing.problem else standing.words, "problem": standing.problem}
         for protocol, standing in standings.items()
     }
     tell(arguments, _record(node) | {"servers": servers}, lambda: fields(shown))

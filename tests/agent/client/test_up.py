@@ -131,6 +131,26 @@ def test_other_protocols_than_the_directorys_are_taken_over(machine: Host, home:
     assert up.end(signal.SIGINT) == 0
 
 
+def test_a_protocol_that_fails_is_told_in_the_nodes_words_and_the_others_go_on(
+    machine: Host, home: Path, first: dict[str, Any]
+) -> None:
+    assert first["protocols"] == {"wireguard": {"status": "running", "problem": None}}
+    with taken(machine, 1194, "0.0.0.0"):
+        up = Up(machine, home, "--protocols", "wireguard,openvpn")
+        servers = up.told()["protocols"]
+        assert servers["wireguard"]["status"] == "running"
+        assert servers["openvpn"]["status"] == "failed"
+        assert "1194" in servers["openvpn"]["problem"]
+        assert up.process.poll() is None
+        assert up.end(signal.SIGINT) == 0
+    up = Up(machine, home)
+    assert {server["status"] for server in up.told()["protocols"].values()} == {"running"}, "no word of the past"
+    assert up.end(signal.SIGINT) == 0
+    up = Up(machine, home, "--protocols", "wireguard")
+    assert up.told()["protocols"] == first["protocols"]
+    assert up.end(signal.SIGINT) == 0
+
+
 def test_an_unknown_protocol_is_refused_before_anything_is_made(machine: Host, tmp_path: Path) -> None:
     up = Up(machine, tmp_path, "--protocols", "foo")
 
@@ -169,9 +189,9 @@ class Up:
         return self._log.read_text()
 
 
-def taken(machine: Host, port: int) -> socket.socket:
+def taken(machine: Host, port: int, host: str = "127.0.0.1") -> socket.socket:
     with machine.namespace.entered():
-        return socket.create_server(("127.0.0.1", port))
+        return socket.create_server((host, port))
 
 
 def script(name: str) -> str:

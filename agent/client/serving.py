@@ -1,0 +1,71 @@
+"""Which protocols the node of `up` serves, once its agent and the controller say the same; pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+import msgspec
+
+from agent.client.errors import Failure
+from shared.resource import Protocol
+
+RUNNING = "running"
+_ONLINE = re.compile(r"^skynetvpn_agent_connected 1\b", re.MULTILINE)
+_APPLIED = re.compile(r'^skynetvpn_agent_applied_revision\{scope="node:', re.MULTILINE)
+_HEALTHY = re.compile(r"^skynetvpn_agent_failures 0\b", re.MULTILINE)
+_SERVERS = re.compile(r'^skynetvpn_agent_server_up\{protocol="(\w+)"\} ([01])', re.MULTILINE)
+
+
+class Server(msgspec.Struct, frozen=True):
+    status: str  # running, applying or failed
+    problem: str | None = None  # in the node's words
+
+    @property
+    def words(self) -> str:
+        match self.status:
+            case "running":
+                return "running"
+            case "failed":
+                return f"FAILED: {self.problem}"
+            case _:
+                return "still starting"
+
+
+class _Node(msgspec.Struct, frozen=True):
+    servers: dict[str, Server]
+
+
+def online(metrics: str) -> bool:
+    """Whether the agent's link is up, by its own metrics."""
+    return _ONLINE.search(metrics) is not None
+
+
+def tried(metrics: str, protocols: Collection[Protocol]) -> bool:
+    """Whether the agent has brought each of them up, or failed to, since it started."""
+    up = dict(_SERVERS.findall(metrics))
+    return _APPLIED.search(metrics) is not None and set(protocols) <= {Protocol.WIREGUARD, *up}
+
+
+def servers_of(answer: str, protocols: Collection[Protocol]) -> dict[str, Server]:
+    """What `skynetvpn-controller node status -o json` says of the protocols."""
+    try:
+        told = msgspec.json.decode(answer, type=_Node).servers
+    except msgspec.MsgspecError as error:
+        raise Failure(f"skynetvpn-controller node status answered something else than it does: {error}") from error
+    return {protocol: told.get(protocol, Server("applying")) for protocol in protocols}
+
+
+def whole(servers: Mapping[str, Server]) -> bool:
+    return all(server.status == RUNNING for server in servers.values())
+
+
+def agree(metrics: str, servers: Mapping[str, Server]) -> bool:
+    """Whether what the controller was told is of this start. Without metrics it is believed."""
+    up = dict(_SERVERS.findall(metrics))
+    for protocol, server in servers.items():
+        if server.status == "applying":
+            return False
+        if protocol in up and (server.status == RUNNING) != (up[protocol] == "1"):
+            return False
+    return not metrics or whole(servers) == (_HEALTHY.search(metrics) is not None)
