@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ _CONNECT_TIMEOUT = 5.0
 _ABANDONED = 30.0  # seconds after which PostgreSQL ends a transaction that asks nothing: its process has stopped
 _POOL = 8
 _WRITER = 0x736B796E6574  # the advisory lock of whoever writes
+_ID = "transaction_id"
+_LOCK = sa.text("SELECT CAST(pg_current_xact_id() AS text) FROM pg_advisory_xact_lock(:key)")
+_STATUS = sa.text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))")
+_ASK_AGAIN = 0.25  # seconds
 
 # Conditions of PostgreSQL that pass, by SQLSTATE or its class: the connection lost, rolled back for another
 # transaction, no room, ended by an operator, the machine's error; a lock not had in time, a standby, a transaction that
@@ -121,19 +126,28 @@ class Database:
             listener(committed)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Transaction]:
-        async with self._turn:
-            try:
-                async with AsyncSession(self._writer, expire_on_commit=False) as session:
-                    transaction = Transaction(session, self.secrets)
-                    yield transaction
-                    if transaction.topics:
-                        await _bump(session, transaction.topics)
-                    await session.commit()
-                    if transaction.topics:
-                        self.tell(transaction.committed())
-            except (DBAPIError, PoolExhausted) as error:
-                raise translate(error) from error
+    async def transaction(self, patience: float = BUSY_TIMEOUT) -> AsyncIterator[Transaction]:
+        """Where PostgreSQL goes away before it has answered a commit, it is asked what became of it as soon as it is
+        back, for `patience` seconds; then StoreUnavailable leaves that open."""
+        committing: str | None = None
+        try:
+            async with self._turn, AsyncSession(self._writer, expire_on_commit=False) as session:
+                transaction = Transaction(session, self.secrets)
+                yield transaction
+                if transaction.topics:
+                    await _bump(session, transaction.topics)
+                committing = await _transaction_id(session)
+                await session.commit()
+            committed = transaction.committed()
+        except (DBAPIError, PoolExhausted) as error:
+            reason = translate(error)
+            if committing is None or not isinstance(reason, StoreUnavailable):
+                raise reason from error
+            if not await self._was_committed(committing, patience):
+                raise reason from error
+            committed = Committed(frozenset(transaction.topics), None)  # others may have been told of later changes
+        if committed.topics:
+            self.tell(committed)
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
@@ -151,6 +165,19 @@ class Database:
                 yield connection
         except (DBAPIError, PoolExhausted) as error:
             raise translate(error) from error
+
+    async def _was_committed(self, transaction_id: str, patience: float) -> bool:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                async with self.connect() as connection:
+                    found = await connection.execute(_STATUS, {"id": transaction_id})
+                    if (status := found.scalar_one()) != "in progress":
+                        return bool(status == "committed")
+            except StoreUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_ASK_AGAIN)
 
     async def epoch(self) -> str:
         """The identity of this database's history; it changes when a backup is restored."""
@@ -239,7 +266,14 @@ def _begin_postgresql(connection: sa.Connection) -> None:
     # The server's default isolation, READ COMMITTED, is what a writer needs: each statement sees all that the writers
     # before have committed, which a snapshot taken before the lock would not.
     if connection.get_execution_options().get("write", False):
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER})")
+        connection.info[_ID] = connection.execute(_LOCK, {"key": _WRITER}).scalar_one()
+
+
+async def _transaction_id(session: AsyncSession) -> str | None:
+    """PostgreSQL's; None on SQLite, whose commit cannot be left without an answer."""
+    connection = await session.connection()
+    found: str | None = connection.sync_connection.info.get(_ID) if connection.sync_connection is not None else None
+    return found
 
 
 async def _bump(session: AsyncSession, topics: set[Topic]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -9,9 +10,10 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.exc import DBAPIError
 
 from controller.errors import DomainError, ErrorKind
-from controller.store.database import Database
+from controller.store.database import Database, translate
 
 _SCRIPTS = Path(__file__).parent / "migrations"
 
@@ -25,8 +27,13 @@ class SchemaFromElsewhere(DomainError):
 
 
 async def migrate(database: Database) -> None:
-    """Apply the missing migrations in one transaction; raise SchemaFromElsewhere rather than guess."""
-    async with database.engine.execution_options(write=True).begin() as connection:
+    """Apply the missing migrations in one transaction; raise SchemaFromElsewhere rather than guess, StoreUnavailable
+    where the database cannot be had."""
+    async with AsyncExitStack() as stack:
+        try:
+            connection = await stack.enter_async_context(database.engine.execution_options(write=True).begin())
+        except DBAPIError as error:
+            raise translate(error) from error
         await connection.run_sync(_upgrade)
 
 

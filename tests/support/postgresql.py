@@ -24,7 +24,7 @@ from tests.support.netns import wait_until
 
 ENGINES = ("sqlite", "postgresql")
 _FAST = (
-    *("fsync=off", "full_page_writes=off", "synchronous_commit=off", "autovacuum=off"),
+    *("fsync=off", "full_page_writes=off", "autovacuum=off"),
     *("wal_level=minimal", "max_wal_senders=0", "shared_buffers=16MB"),
 )
 _USER = "postgres"  # that Debian's package makes; the server refuses to be root
@@ -89,16 +89,16 @@ class Cluster:
     def create(self, template: str = "template1") -> str:
         """A new database, a copy of the template; return its name."""
         name = f"db{next(self._names)}"
-        self._sql(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
+        self.sql(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
         return name
 
     def drop(self, name: str) -> None:
-        self._sql(f"DROP DATABASE {name} WITH (FORCE)")
+        self.sql(f"DROP DATABASE {name} WITH (FORCE)")
 
     def url(self, name: str) -> str:
         return f"postgresql+asyncpg://{_USER}@/{name}?host={self.directory}"
 
-    def _sql(self, statement: str) -> None:
+    def sql(self, statement: str) -> None:
         async def run() -> None:
             connection = await asyncpg.connect(host=str(self.directory), user=_USER, database=_USER)
             await connection.execute(statement)
