@@ -172,9 +172,13 @@ async def _connect(
         local = await by.up(local, api, routes=not arguments.no_routes, save=save)
         connection = await _wait(api, local, connection, progress, started + arguments.timeout)
         latency = await by.latency(local)
-    except BaseException:
+    except BaseException as error:
+        # Asked before the connection ends: the server says only that it lets nobody in.
+        refusal = await _refusal(api, local) if isinstance(error, Failure | DriverError) else None
         progress.show(f"taking {local.interface} down again")
         await _abandon(api, profile, local)
+        if refusal is not None:
+            raise Failure(f"{refusal} ({error})") from error
         raise
     return Summary(
         connection_id=local.connection_id,
@@ -214,7 +218,9 @@ async def _wait(
     handshake = False
     while True:
         counters = await means.of(local).counters(local)
-        handshake = handshake or (counters is not None and counters.latest_handshake > 0)
+        if counters is None:
+            raise Failure(f"the tunnel to {local.server} has ended again")
+        handshake = handshake or counters.latest_handshake > 0
         if handshake:
             progress.show(f"{local.server} answers; waiting for its report to the controller")
             try:
@@ -233,6 +239,15 @@ async def _wait(
                 "The tunnel was taken down again"
             )
         await asyncio.sleep(_POLL_SECONDS)
+
+
+async def _refusal(api: Api, local: LocalTunnel) -> str | None:
+    """Why the account may not come in, by the controller."""
+    try:
+        connections = await api.connections()
+    except Failure:
+        return None
+    return next((one.refusal for one in connections if one.connection_id == local.connection_id), None)
 
 
 async def _abandon(api: Api, profile: Profile, local: LocalTunnel) -> None:

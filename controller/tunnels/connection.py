@@ -16,7 +16,7 @@ class Connection:
     protocol: str
     device_id: str | None
     public_key: str | None  # of WireGuard's client
-    addresses: tuple[str, ...]  # of WireGuard's client; none once it has ended
+    addresses: tuple[str, ...]  # inside; of other protocols than WireGuard that of a session, where the node tells it
     status: Status
     created_at: datetime
     ended_at: datetime | None
@@ -25,3 +25,4 @@ class Connection:
     rx: int  # bytes from the client
     tx: int  # bytes to the client
     applied: bool | None = None  # whether the node had acknowledged it in time; None = nobody waited
+    refusal: str | None = None  # why the node lets its client in no (second) time now, where it is not in

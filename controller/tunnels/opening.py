@@ -28,7 +28,7 @@ from shared.keys import PresharedKey, PrivateKey, PublicKey
 from shared.resource import Protocol
 
 _ATTEMPTS = 32  # of a transaction whose slot or key another one took first
-_BLOCKED = {"inactive": "it is not active", "expired": "it has expired", "quota": "its traffic quota is used up"}
+BLOCKED = {"inactive": "it is not active", "expired": "it has expired", "quota": "its traffic quota is used up"}
 
 HoldAccount = Callable[[Transaction, str], Awaitable[User]]
 
@@ -96,7 +96,7 @@ class Opener:
         check_allowed(account.protocols, wanted.protocol)
         standing = await standing_of(tx.session, account)
         if standing.blocked is not None:
-            raise errors.AccountBlocked(reason=_BLOCKED[standing.blocked])
+            raise errors.AccountBlocked(reason=BLOCKED[standing.blocked])
         tx.touch(Topic.CONNECTIONS)
         if isinstance(wanted.proof, Login):
             return await self._with_login(tx, wanted, wanted.proof, standing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import sqlalchemy as sa
@@ -26,10 +26,12 @@ from controller.tunnels.addresses import Pool
 from controller.tunnels.clientconfig import WireGuardConfig
 from controller.tunnels.connection import Connection
 from controller.tunnels.live import LiveStates, Traffic
-from controller.tunnels.opening import HoldAccount, Opener, Wanted, WireGuardKeys, check_allowed
+from controller.tunnels.opening import BLOCKED, HoldAccount, Opener, Wanted, WireGuardKeys, check_allowed
 from controller.tunnels.peers import Peers, open_key
-from controller.tunnels.status import status
+from controller.tunnels.status import Status, status
 from controller.tunnels.tables import AllocationRow, ConnectionRow
+from controller.usage import limits
+from controller.usage.limits import AccountLimits
 from shared import services
 from shared.keys import InvalidKey, PresharedKey, PrivateKey, PublicKey, encode_key
 from shared.resource import Protocol
@@ -152,14 +154,16 @@ class Tunnels:
         return self._connection(row, self._peers.addresses(slot))
 
     async def list_live(self, principal: Principal) -> list[Connection]:
-        """The account's connections that have not ended, oldest first."""
+        """The account's connections that have not ended, oldest first; those not in have what keeps them out."""
         async with self._database.read() as session:
+            refusal = self._refusal(principal.user_id, await limits.read(session, principal.user_id))
             rows = await session.execute(
                 _WITH_SLOT.where(ConnectionRow.user_id == principal.user_id, ConnectionRow.ended_at.is_(None)).order_by(
                     ConnectionRow.created_at, ConnectionRow.id
                 )
             )
-            return [self._connection(row, self._peers.addresses(slot)) for row, slot in rows]
+            found = [self._connection(row, self._peers.addresses(slot)) for row, slot in rows]
+        return [one if one.status is Status.CONNECTED else replace(one, refusal=refusal) for one in found]
 
     async def terminate(self, principal: Principal, connection_id: str, wait: float | None = None) -> Connection:
         """End a connection for ever; raise ConnectionNotFound, also where it has ended before."""
@@ -221,6 +225,20 @@ class Tunnels:
             except StoreUnavailable:
                 log.warning("tunnels.sweep_failed")
 
+    def _refusal(self, user_id: str, allowed: AccountLimits) -> str | None:
+        blocked = allowed.blocked(now())
+        if blocked is not None:
+            return str(errors.AccountBlocked(reason=BLOCKED[blocked]))
+        live, most = len(self._live.book.of_user(user_id)), allowed.max_sessions
+        if most is not None and live >= most:
+            return str(errors.AccountBlocked(reason=f"{live} of {most} sessions are in use; end one of them"))
+        return None
+
+    def _addresses(self, connection_id: str) -> tuple[str, ...]:
+        """What the client has inside, by its sessions."""
+        told = {entry.address for entry in self._live.book.of_connection(connection_id) if entry.address}
+        return tuple(f"{address}/{128 if ':' in address else 32}" for address in sorted(told))
+
     def _wireguard_config(self, row: ConnectionRow, slot: int | None, server: Server) -> WireGuardConfig:
         private_key = open_key(self._database.secrets, row, "sealed_private_key")
         preshared_key = open_key(self._database.secrets, row, "sealed_preshared_key")
@@ -247,7 +265,7 @@ class Tunnels:
             protocol=row.protocol,
             device_id=row.device_id,
             public_key=encode_key(row.public_key) if wireguard else None,
-            addresses=addresses,
+            addresses=addresses if wireguard else self._addresses(row.id),
             status=status(row.ended_at, newer.handshake_at, now(), newer.live),
             created_at=row.created_at,
             ended_at=row.ended_at,

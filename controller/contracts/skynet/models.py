@@ -63,10 +63,13 @@ class ConnectionStarted(ConnectionStatus):
 
 class LiveConnection(ConnectionStatus):
     protocol: str
-    addresses: Annotated[list[str], Field(description="WireGuard; by other protocols the server gives one at login")]
+    addresses: Annotated[list[str], Field(description="Inside; OpenVPN and L2TP give one at login")]
     rx: Annotated[int, Field(description="Bytes from the client")]
     tx: Annotated[int, Field(description="Bytes to the client")]
     latest_handshake: Annotated[Moment | None, Field(description="By other protocols: the latest sign of life")]
+    refusal: Annotated[
+        str | None, Field(description="Where it is not connected: what keeps the account out now, such as its quota")
+    ]
 
 
 class Wait(Model):

@@ -54,6 +54,7 @@ def live_connection(found: Connection) -> dict[str, Any]:
         "rx": found.rx,
         "tx": found.tx,
         "latest_handshake": rfc3339(found.handshake_at) if found.handshake_at is not None else None,
+        "refusal": found.refusal,
     }
 
 

@@ -227,9 +227,16 @@ def _connections(handlers: Skynet) -> tuple[Route, ...]:
             summary="List your live connections, with their traffic",
             answer=list[models.LiveConnection],
             answer_example=[
-                example
-                | {"status": "connected", "protocol": "wireguard", "addresses": ["10.66.0.7/32", "fd66:6b79::7/128"]}
-                | {"rx": 1840, "tx": 92410, "latest_handshake": "2025-01-01T12:00:03Z"}
+                {
+                    **example,
+                    "status": "connected",
+                    "protocol": "wireguard",
+                    "addresses": ["10.66.0.7/32", "fd66:6b79::7/128"],
+                    "rx": 1840,
+                    "tx": 92410,
+                    "latest_handshake": "2025-01-01T12:00:03Z",
+                    "refusal": None,
+                }
             ],
         ),
         Route(

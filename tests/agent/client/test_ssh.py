@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiohttp import web
 
 from agent.client.profile import Profile
 from agent.drivers.ssh import Ssh
@@ -311,6 +312,30 @@ async def test_a_refusal_is_one_line_and_leaves_nothing(
     assert outcome.status == 1
     assert words in outcome.err.splitlines()[-1], outcome.err
     assert outcome.err.splitlines()[-1].startswith("skynetvpn: ")
+    assert nothing_is_left(net, controller, home)
+
+
+REASON = "the account may not connect now: 1 of 1 sessions are in use; end one of them"
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("where", ["at the login", "after it"])
+async def test_what_keeps_the_account_out_is_told_in_the_controllers_words(
+    net: Net, driver: Ssh, logged_in: Cli, controller: FakeController, home: Path, where: str
+) -> None:
+    controller.servers = [server("s1", name="fra1")]
+    controller.config = await material(driver, **({"password": "of nobody"} if where == "at the login" else {}))
+    controller.answers["GET /connections"] = lambda: web.json_response(
+        [{**connection, "refusal": REASON} for connection in controller.connections]
+    )
+    net.refusals["alice"] = "too many sessions"
+
+    outcome = await logged_in("connect", "--protocol", "ssh", "--netns", net.client.name)
+
+    assert outcome.status == 1
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith(f"skynetvpn: {REASON} (")
+    assert ("Permission denied" if where == "at the login" else "has ended again") in last
     assert nothing_is_left(net, controller, home)
 
 

@@ -177,6 +177,7 @@ async def test_live_connections_with_their_traffic(alice: Api, bob: Api, world: 
         "rx": 1840,
         "tx": 92410,
         "latest_handshake": found["latest_handshake"],
+        "refusal": None,
     }
     assert [address.rpartition("/")[2] for address in found["addresses"]] == ["32", "128"]
     assert (await bob.get("/api/connections")).body == []

@@ -60,6 +60,7 @@ async def test_create_a_connection(alice: Api, world: World, protocol: str) -> N
         "rx": 0,
         "tx": 0,
         "latest_handshake": None,
+        "refusal": None,
     }
 
 

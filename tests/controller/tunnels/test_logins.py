@@ -68,6 +68,36 @@ async def test_a_connection_gets_a_login_of_its_own_on_its_node_alone(world: Any
         assert await session.scalar(sa.select(sa.func.count()).select_from(AllocationRow)) == 0
 
 
+async def test_a_connection_that_is_not_in_says_what_keeps_it_out(world: Any) -> None:
+    tunnels = world.tunnels()
+    first, second = await connect(world, "ssh"), await connect(world, "openvpn")
+
+    async def refusals() -> list[str | None]:
+        return [one.refusal for one in await tunnels.list_live(world.alice)]
+
+    assert await refusals() == [None, None]
+    await limit(world, max_sessions=1)
+    [login] = [login for login in await world.credentials() if login.connection == first.id]
+    world.session(login)
+    await world.live.flush()
+    shown = await tunnels.list_live(world.alice)
+    assert [(one.id, one.addresses) for one in shown] == [(first.id, ("10.67.0.2/32",)), (second.id, ())]
+    assert [one.refusal for one in shown] == [
+        None,
+        "the account may not connect now: 1 of 1 sessions are in use; end one of them",
+    ]
+    world.session(login, ended=True)
+    await world.live.flush()
+    assert await refusals() == [None, None]
+    for column, words in (
+        ({"expires_at": now() - timedelta(seconds=1)}, "it has expired"),
+        ({"expires_at": None, "quota_bytes": 10, "used_bytes": 10}, "its traffic quota is used up"),
+    ):
+        async with world.database.transaction() as tx:
+            await tx.session.execute(sa.update(LimitsRow).values(**column))
+        assert await refusals() == [f"the account may not connect now: {words}"] * 2
+
+
 async def test_an_openvpn_login_is_a_certificate_of_the_fleets_authority(world: Any) -> None:
     made = await connect(world, "openvpn")
     [login] = await world.credentials()
