@@ -10,6 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from agent.client import ending
 from agent.client.api import Api
 from agent.client.errors import Failure, Misuse, NotLoggedIn, Unreachable
 from agent.client.output import json_text
@@ -38,10 +39,13 @@ async def login(arguments: argparse.Namespace, profile: Profile) -> int:
 
 
 async def logout(arguments: argparse.Namespace, profile: Profile) -> int:
-    """Always forgets the token here; fails where the controller could not be told to end it."""
-    session = profile.require_session()
+    """Takes this machine's tunnels down, for nobody could look at or end them afterwards. Then it always forgets the
+    token here; fails where the controller could not be told to end it."""
+    session, tunnels = profile.require_session(), profile.tunnels()
+    await ending.take_down(tunnels)
     try:
         async with open_api(session) as api:
+            await ending.end(api, profile, tunnels)
             await api.logout()
     except NotLoggedIn:  # it had ended already
         pass
@@ -49,7 +53,10 @@ async def logout(arguments: argparse.Namespace, profile: Profile) -> int:
         raise Failure(f"logged out here, but the session lives on until {session.expires_at}: {error}") from error
     finally:
         profile.forget_session()
-    print(json_text({"url": session.url}) if arguments.output == "json" else f"logged out of {session.url}")
+    if arguments.output == "json":
+        print(json_text({"url": session.url, "disconnected": [item.connection_id for item in tunnels]}))
+    else:
+        print("".join(f"disconnected {item.server}\n" for item in tunnels) + f"logged out of {session.url}")
     return 0
 
 

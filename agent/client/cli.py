@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     _login(add("login", account.login, "start a session; asks for the password without showing it"))
-    add("logout", account.logout, "end the session, here and on the controller")
+    add("logout", account.logout, "take this machine's tunnels down and end the session, here and on the controller")
     add("servers", show.servers, "list the servers that the account may use")
     _connect(add("connect", connect.connect, "bring a tunnel up and wait until it is connected", _CONNECT))
     status = add("status", show.status, "show the account's live connections and this machine's tunnels")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.client import means, namespace, selection, tunnel
+from agent.client import ending, means, namespace, selection, tunnel
 from agent.client.account import open_api
 from agent.client.api import Api, Connection, Server
 from agent.client.errors import Failure, Misuse, NotLoggedIn, Refused, Unreachable
@@ -72,36 +72,30 @@ async def disconnect(arguments: argparse.Namespace, profile: Profile) -> int:
     if not found and arguments.id is None:
         print("no tunnel of this machine is up; skynetvpn status lists all connections", file=sys.stderr)
     ended = [item.connection_id for item in found] or ([arguments.id] if arguments.id else [])
-    for item in found:
-        if not item.is_proxy or item.netns is not None:
-            tunnel.require_privilege()
-        await means.of(item).down(item)
+    await ending.take_down(found)
     try:
-        await _end(profile, ended, own=bool(found))
-    except (NotLoggedIn, Unreachable) as error:
+        if ended:
+            async with open_api(profile.require_session()) as api:
+                await (ending.end(api, profile, found) if found else api.disconnect(arguments.id))
+    except NotLoggedIn as error:
+        if not found:
+            raise
+        ending.forget(profile, found)
+        words = f"if the account is still there, log in and skynetvpn disconnect {' '.join(ended)}"
+        raise NotLoggedIn(
+            f"down here, and nothing is left of it; not ended on the controller ({error}): {words}"
+        ) from error
+    except Unreachable as error:
         if not found:
             raise
         words = f"the tunnel is down here, but its connection still counts: {error}; then skynetvpn disconnect again"
-        raise (NotLoggedIn(words) if isinstance(error, NotLoggedIn) else Unreachable(words)) from error
+        raise Unreachable(words) from error
     if arguments.output == "json":
         print(json_text({"disconnected": ended}))
     else:
         for id in ended:
             print(f"disconnected {next((item.server for item in found if item.connection_id == id), id)}")
     return 0
-
-
-async def _end(profile: Profile, ids: list[str], *, own: bool) -> None:
-    if not ids:
-        return
-    async with open_api(profile.require_session()) as api:
-        for id in ids:
-            try:
-                await api.disconnect(id)
-            except Refused as error:
-                if not (own and error.status == 404):  # our own one, which the controller has ended before us
-                    raise
-            profile.forget_tunnel(id)
 
 
 async def choose_server(api: Api, wanted: str | None) -> Server:

@@ -42,6 +42,11 @@ def size(count: int) -> str:
     return f"{amount:.1f} TiB"
 
 
+def moment(seconds: int) -> str | None:
+    """ISO 8601 in UTC, as the controller writes it; None for 0."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}" if seconds else None
+
+
 def age(timestamp: str | None, now: datetime) -> str:
     """How long ago an RFC 3339 time was, in its largest unit; "never" for none."""
     if not timestamp:

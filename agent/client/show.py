@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 import msgspec
 
@@ -17,12 +18,24 @@ from agent.client.account import open_api
 from agent.client.api import Api, Connection, Server
 from agent.client.connect import choose_server
 from agent.client.errors import Failure, Misuse, NotLoggedIn, Unreachable
-from agent.client.output import age, json_text, size, table
+from agent.client.output import age, clean, json_text, moment, size, table
 from agent.client.profile import LocalTunnel, Profile, load_or_make_key
 
 _WATCH_SECONDS = 2.0
 _CLEAR = "\x1b[H\x1b[J"
 _BINARY = "png"
+
+
+class Local(msgspec.Struct, frozen=True):
+    """The tunnel as this end counts it; null where its program does not tell."""
+
+    rx: int | None
+    tx: int | None
+    latest_handshake: str | None  # of other protocols than WireGuard: when it began
+
+    @classmethod
+    def of(cls, counted: tunnel.Counters | None) -> Self | None:
+        return cls(counted.rx, counted.tx, moment(counted.latest_handshake)) if counted is not None else None
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +53,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     latest_handshake: str | None
     interface: str | None
     netns: str | None
-    local: tunnel.Counters | None
+    refusal: str | None  # what keeps the account out now
+    local: Local | None  # None: it is not there any more, or never was on this machine
 
 
 async def servers(arguments: argparse.Namespace, profile: Profile) -> int:
@@ -108,7 +122,8 @@ async def _print_status(arguments: argparse.Namespace, profile: Profile, *, clea
     if arguments.output == "json":
         print(json_text(rows), flush=True)
     elif rows:
-        text = _status_table(rows, datetime.now(UTC))
+        refusals = sorted({row.refusal for row in rows if row.refusal is not None})
+        text = "\n".join([_status_table(rows, datetime.now(UTC)), *map(clean, refusals)])
         print(_CLEAR + text if clear else text, flush=True)
     elif failure is None:
         print("no live connection: skynetvpn connect makes one", flush=True)
@@ -134,13 +149,14 @@ def status_rows(
                 protocol=connection.protocol,
                 status=connection.status,
                 created_at=connection.created_at,
-                addresses=connection.addresses,
+                addresses=connection.addresses or (item.addresses if item else ()),
                 rx=connection.rx,
                 tx=connection.tx,
                 latest_handshake=connection.latest_handshake,
                 interface=item.interface if item else None,
                 netns=item.netns if item else None,
-                local=counters.get(connection.connection_id),
+                refusal=connection.refusal,
+                local=Local.of(counters.get(connection.connection_id)),
             )
         )
     listed = {connection.connection_id for connection in connections}
@@ -162,7 +178,8 @@ def _local_row(item: LocalTunnel, status: str, counters: tunnel.Counters | None)
         latest_handshake=None,
         interface=item.interface,
         netns=item.netns,
-        local=counters,
+        refusal=None,
+        local=Local.of(counters),
     )
 
 

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from agent.client import output
 from agent.client.profile import LocalTunnel, Profile, load_or_make_key
+from agent.client.tunnel import Counters
 
 from .conftest import Cli, FakeController, server
 
@@ -80,6 +81,43 @@ async def test_status_shows_this_machines_tunnels_also_without_the_controller(
     assert outcome.status == (3 if status == 401 else 1)
     assert [(row["server"], row["status"]) for row in outcome.json] == [("fra1", "unknown")]
     assert outcome.err.count("\n") == 1
+
+
+async def test_status_as_json_has_one_form_for_all_protocols(
+    logged_in: Cli, controller: FakeController, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = Profile.of_user()
+    for id, protocol in (("c1", "wireguard"), ("c2", "ssh"), ("c3", "openvpn")):
+        profile.save_tunnel(
+            LocalTunnel(id, "s1", "fra1", f"skyvpn{id}", protocol, str(home / id), ("10.6.0.9/32",), protocol=protocol)
+        )
+    began = int(datetime(2026, 11, 21, 12, 0, 7, tzinfo=UTC).timestamp())
+
+    class Counting:
+        @staticmethod
+        async def counters(local: LocalTunnel) -> Counters | None:
+            return {"c1": Counters(5, 6, 0), "c2": Counters(None, None, began)}.get(local.connection_id)
+
+    monkeypatch.setattr("agent.client.means.of", lambda _local: Counting)
+    reason = "the account may not connect now: it has expired"
+    controller.servers = [server("s1", name="fra1")]
+    controller.connections = [
+        LISTED | {"connection_id": "c1"},
+        LISTED | {"connection_id": "c2", "protocol": "ssh", "addresses": [], "refusal": reason},
+    ]
+
+    rows = (await logged_in("-o", "json", "status")).json
+
+    assert len({tuple(row) for row in rows}) == 1
+    assert [row["addresses"] for row in rows] == [["10.66.0.2/32"], ["10.6.0.9/32"], ["10.6.0.9/32"]]
+    assert [row["status"] for row in rows] == ["connected", "connected", "disconnected"]
+    assert [row["refusal"] for row in rows] == [None, reason, None]
+    assert [row["local"] for row in rows] == [
+        {"rx": 5, "tx": 6, "latest_handshake": None},
+        {"rx": None, "tx": None, "latest_handshake": "2026-11-21T12:00:07Z"},
+        None,
+    ]
+    assert (await logged_in("status")).out.splitlines()[-1] == reason
 
 
 async def test_config_goes_to_a_private_file(logged_in: Cli, controller: FakeController, home: Path) -> None:
