@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from controller.store.types import new_id
 
 BUSY_TIMEOUT = 5.0  # seconds that a writer waits for another process's transaction
 _CONNECT_TIMEOUT = 5.0
+_SILENCE = 15  # seconds without a sign of life from PostgreSQL's machine
 _ABANDONED = 30.0  # seconds after which PostgreSQL ends a transaction that asks nothing: its process has stopped
 _POOL = 8
 _WRITER = 0x736B796E6574  # the advisory lock of whoever writes
@@ -256,10 +258,21 @@ class _Connecting:
                 log.warning("store.connect_failed", reason=reason)
             self._failing = True
             raise dialect.loaded_dbapi.OperationalError(reason) from error
+        _notice_silence(connection.driver_connection._transport.get_extra_info("socket"))
         if self._failing:
             log.info("store.connect_restored")
         self._failing = False
         return connection
+
+
+def _notice_silence(line: socket.socket) -> None:
+    """A server that vanished without a word shall be an error soon, not after the kernel's quarter of an hour."""
+    if line.family == socket.AF_UNIX:
+        return
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE // 3)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _SILENCE // 3)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE * 1000)
 
 
 def _begin_postgresql(connection: sa.Connection) -> None:

@@ -107,6 +107,10 @@ class Cluster:
         asyncio.run(run())
 
     @property
+    def socket(self) -> Path:
+        return self.directory / ".s.PGSQL.5432"
+
+    @property
     def _data(self) -> Path:
         return self.directory / "data"
 

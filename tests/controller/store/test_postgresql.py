@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
+import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,10 +18,11 @@ from controller.secretbox import SecretBox
 from controller.store.database import Committed, Database, StoreUnavailable, Topic, open_database
 from controller.store.migrate import migrate
 from controller.store.tables import FactRow, TopicRow
+from tests.support.netns import Namespace
 from tests.support.node_port import until
 from tests.support.postgresql import Cluster
 
-SECONDS = 30
+SECONDS = 30 * int(os.environ.get("SKYNETVPN_TEST_SLOWDOWN", "1"))
 
 
 @pytest.fixture
@@ -171,8 +175,7 @@ async def test_a_commit_without_an_answer_is_found_out(
     cluster: Cluster, database_url: str, secrets: SecretBox, database: Database, tmp_path: Path
 ) -> None:
     """It was committed: to say that nothing was changed would let the caller count the same bytes again."""
-    name = ".s.PGSQL.5432"
-    async with Proxy(cluster.directory / name, tmp_path / name) as proxy:
+    async with Proxy(cluster.socket, tmp_path / cluster.socket.name) as proxy:
         behind = open_database(database_url.replace(str(cluster.directory), str(tmp_path)), secrets)
         told: list[Committed] = []
         behind.listen(told.append)
@@ -206,3 +209,66 @@ async def test_a_server_that_was_never_there_is_unavailable(tmp_path: Path, secr
                 session = getattr(opened, "session", opened)
                 await session.execute(sa.text("SELECT 1"))
     await missing.close()
+
+
+VANISHING = """
+import asyncio, subprocess, sys
+from controller.secretbox import SecretBox
+from controller.store import database as store
+from controller.store.database import StoreUnavailable, Topic, open_database
+
+async def use(url):
+    store._SILENCE = 3
+    database = open_database(url, SecretBox({"k1": b"k" * 32}, "k1"))
+    async def write():
+        async with database.transaction() as tx:
+            tx.touch(Topic.NODES)
+    await write()
+    filter = "add table inet gone; add chain inet gone in { type filter hook input priority 0; policy drop; }"
+    subprocess.run(["nft", filter], check=True)
+    async with asyncio.timeout(float(sys.argv[2])):
+        try:
+            await write()
+        except StoreUnavailable:
+            print("unavailable")
+    subprocess.run(["nft", "delete table inet gone"], check=True)
+    await write()
+    print("back")
+    await database.close()
+
+asyncio.run(use(sys.argv[1]))
+"""
+
+
+@pytest.mark.netns
+async def test_a_server_that_vanishes_without_a_word_is_unavailable_soon(cluster: Cluster, database_url: str) -> None:
+    over_tcp = database_url.replace("@/", "@192.0.2.1/").partition("?")[0]
+    listening, done = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        async with await asyncio.start_server(forward, "192.0.2.1", 5432):
+            listening.set()
+            await asyncio.to_thread(done.wait)
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answers, asks = await asyncio.open_unix_connection(cluster.socket)
+        await asyncio.gather(copy(reader, asks), copy(answers, writer))
+
+    with Namespace("database") as server, Namespace("controller") as client:
+        server.connect(client, "192.0.2.1/24", "192.0.2.2/24")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(asyncio.to_thread(server.call, serve))
+            try:
+                assert await asyncio.to_thread(listening.wait, SECONDS)
+                use = (sys.executable, "-c", VANISHING, over_tcp, str(SECONDS))
+                told = await asyncio.to_thread(client.run, *use, timeout=3 * SECONDS)
+            finally:
+                done.set()
+    assert [line for line in told.splitlines() if " " not in line] == ["unavailable", "back"]  # the others are logged
+
+
+async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data)
+    writer.close()
