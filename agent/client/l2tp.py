@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import secrets
 import shutil
 import socket
 import sys
@@ -35,6 +36,9 @@ _IKE_SECONDS, _LOGIN_SECONDS, _POLL_SECONDS = 20.0, 25.0, 0.1
 _END_WITHIN = 3.0
 _RUN = Path("/run")  # the path of a socket is short, that of a home may be long
 _MTU = 1400
+# Another one for each connection (RFC 2661 §8.1): a server still has the socket of one that broke off, and its kernel
+# would give it the packets of the next one from the same port.
+_OWN_PORTS = range(49152, 65536)
 _HALVES = ("0.0.0.0/1", "128.0.0.0/1")  # before any default route, and gone with the interface
 _LAST_WORDS = 3
 _ADDRESS = re.compile(r"local +IP address (\S+)")  # pppd's log
@@ -63,9 +67,10 @@ async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[Loca
     local = msgspec.structs.replace(local, endpoint=str(server))
     save(local)
     ike = _Ike(_ike_directory(local))
-    await asyncio.to_thread(_write, local, material, server)
+    port = secrets.choice(_OWN_PORTS)
+    await asyncio.to_thread(_write, local, material, server, port)
     await namespace.within(local.netns, ike.start)
-    if not await ike.secure(material.psk, server):
+    if not await ike.secure(material.psk, server, port):
         raise Failure(
             f"{local.server} sets up no IPsec at {server}: does a firewall on the way block UDP 500 and 4500?"
         )
@@ -116,10 +121,10 @@ class _Ike(Charon):
             ports = " and ".join(map(str, charon.PORTS))
             raise Failure(f"no IKE daemon starts: is another one here, at UDP {ports}? ({error})") from error
 
-    async def secure(self, psk: str, server: IPv4Address) -> bool:
+    async def secure(self, psk: str, server: IPv4Address, port: int) -> bool:
         """Have a security association; False where the server does not agree to one."""
         await self._call("load-shared", shared_key(psk))
-        await self._call("load-conn", _association(server))
+        await self._call("load-conn", _association(server, port))
         request = vici.request("initiate", {"child": "l2tp", "timeout": str(round(_IKE_SECONDS * 1000))})
         try:
             async with asyncio.timeout(_IKE_SECONDS + 5):
@@ -131,7 +136,7 @@ class _Ike(Charon):
         return answer.get("success") == "yes"
 
 
-def _association(server: IPv4Address) -> dict[str, object]:
+def _association(server: IPv4Address, port: int) -> dict[str, object]:
     """The `load-conn` request of vici. By the trap no packet for the server ever leaves unencrypted."""
     return {
         "l2tp": {
@@ -146,7 +151,7 @@ def _association(server: IPv4Address) -> dict[str, object]:
                 "l2tp": {
                     "mode": "transport",
                     # UDP by its number: where netbase is not installed no file knows the name.
-                    "local_ts": [f"dynamic[17/{L2TP_PORT}]"],
+                    "local_ts": [f"dynamic[17/{port}]"],
                     "remote_ts": [f"dynamic[17/{L2TP_PORT}]"],
                     "esp_proposals": ["aes256gcm16", "aes256-sha256"],
                     "start_action": "trap",
@@ -184,14 +189,14 @@ async def _resolve(host: str) -> IPv4Address:
     return IPv4Address(found[0][4][0])
 
 
-def _write(local: LocalTunnel, material: L2tpMaterial, server: IPv4Address) -> None:
+def _write(local: LocalTunnel, material: L2tpMaterial, server: IPv4Address, port: int) -> None:
     directory = _directory(local)
     for made in (directory.parent, directory, _ike_directory(local)):
         files.make_private_directory(made)
     name = directory.name
     lines = {
         f"{name}.conf": (
-            f"[global]\nport = {L2TP_PORT}\nauth file = /dev/null\n"
+            f"[global]\nport = {port}\nauth file = /dev/null\n"
             f"[lac vpn]\nlns = {server}\nautodial = yes\npppoptfile = {ETC_PPP}/{name}.options\n"
         ),
         f"{name}.options": "".join(f"{line}\n" for line in _options(local, material.username)),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ from shared.access import Credential
 from shared.resource import Protocol
 from shared.services import L2tpServer
 from tests.support.l2tp import BOOT_ID, PASSWORD, PSK, SLOWDOWN, require_l2tp
-from tests.support.netns import Namespace, unique
+from tests.support.netns import Namespace, unique, wait_until
 
 from .conftest import Cli, FakeController, in_arguments, left_by_programs, readable_by_others, report, server
 
@@ -51,6 +54,13 @@ async def driver(place: Namespace) -> AsyncIterator[L2tp]:
 
 def resolver_file(place: Namespace) -> Path:
     return Path("/etc/netns", place.name, "resolv.conf")
+
+
+def far_ends() -> set[str]:
+    """Addresses and ports of the server's clients."""
+    argv = ("ss", "-Hun", "sport", "=", ":1701")
+    listed = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1] for line in listed.splitlines()}
 
 
 def nothing_is_left(place: Namespace, controller: FakeController, home: Path, routes: str) -> bool:
@@ -95,6 +105,29 @@ async def test_refused_then_connected_and_taken_down_again(
 
     assert (await logged_in("disconnect")).status == 0
     assert nothing_is_left(place, controller, home, routes)
+
+
+@pytest.mark.kernel
+@pytest.mark.netns
+async def test_one_that_broke_off_comes_back_at_once(
+    place: Namespace, driver: L2tp, logged_in: Cli, controller: FakeController
+) -> None:
+    """The server has heard no farewell, and keeps the first tunnel for a minute: the second comes from another port."""
+    controller.servers = [server("s1", name="fra1")]
+    controller.config = MATERIAL
+    report(controller)
+    options = ("--protocol", "l2tp", "--netns", place.name, "--interface", unique("cli"))
+    for _ in range(2):
+        assert (outcome := await logged_in("connect", "fra1", *options)).status == 0, outcome.err
+        place.run("ping", "-c", "1", "-W", str(5 * SLOWDOWN), INSIDE)
+        for pid in place.pids():
+            os.kill(pid, signal.SIGKILL)
+        await asyncio.to_thread(wait_until, lambda: place.pids() == [], 10 * SLOWDOWN)
+        place.run("ip", "xfrm", "state", "flush")
+        place.run("ip", "xfrm", "policy", "flush")
+        assert (await logged_in("disconnect")).status == 0
+    assert len([session for session in await driver.sessions() if not session.ended]) == 2
+    assert len(far_ends()) == 2
 
 
 @pytest.mark.netns
