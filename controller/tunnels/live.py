@@ -302,6 +302,7 @@ class LiveStates:
 
     async def _forget_deleted(self) -> None:
         """Accounts were deleted while their sessions moved bytes: there is nobody to count them for."""
+        self._records.forget()
         batch = self.book.take()
         self.book.put_back(batch)
         users = batch.users()

@@ -83,6 +83,11 @@ class Records:
             found |= {row.id: _entry_from_row(row, now) for row in rows}
         return list(found.values())
 
+    def forget(self) -> None:
+        """Accounts were deleted: look anew at who is metered, and who has which number."""
+        self._metered = None
+        self._users.clear()
+
     async def users(self, connection: AsyncConnection, numbers: Collection[int]) -> dict[int, str]:
         """The accounts' ids, where there are such accounts."""
         unknown = {number for number in numbers if number not in self._users}

@@ -174,6 +174,17 @@ async def test_a_deleted_account_stops_nobody_elses_counting(world: Any) -> None
     assert world.acknowledged[-1] == (NODES[0], world.sequence)
 
 
+async def test_what_a_deleted_account_had_of_its_quota_is_nobodys(world: Any) -> None:
+    for account in ("alice", "bob"):
+        await world.change(account, quota_bytes=10**9)
+    await world.store(world.stats("s1", rx=5), world.stats("s2", account=2, rx=5), used={1: 5, 2: 5})
+    async with world.database.transaction() as tx:
+        await tx.session.execute(sa.delete(UserRow).where(UserRow.id == "alice"))
+    await world.store(world.stats("s2", account=2, rx=9), used={1: 7, 2: 9})
+    assert await world.used("bob") == 9
+    assert world.acknowledged[-1] == (NODES[0], world.sequence)
+
+
 async def test_nothing_is_acknowledged_or_lost_while_the_database_is_away(world: Any) -> None:
     await world.store(world.stats("s1", rx=1))
     acknowledged = list(world.acknowledged)
