@@ -134,6 +134,7 @@ async def _set(arguments: argparse.Namespace) -> None:
             limits=limits,
         )
     user, told = changed.user, {name: getattr(changed.limits, name) for name in _LIMITS}
+    told["expires_at"] = moment(changed.limits.expires_at)
     shown = [f"{name.replace('_', ' ')} {value}" for name, value in told.items() if value is not None]
     say(f"{user.username}: {', '.join([_state(changed), user.role, f'plan {user.plan}', *shown])}")
 
