@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,9 +27,6 @@ _SILENCE = 15  # seconds without a sign of life from PostgreSQL's machine
 _ABANDONED = 30.0  # seconds after which PostgreSQL ends a transaction that asks nothing: its process has stopped
 _POOL = 8
 _WRITER = 0x736B796E6574  # the advisory lock of whoever writes
-_ID = "transaction_id"
-_LOCK = sa.text("SELECT CAST(pg_current_xact_id() AS text) FROM pg_advisory_xact_lock(:key)")
-_STATUS = sa.text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))")
 _ASK_AGAIN = 0.25  # seconds
 
 # Conditions of PostgreSQL that pass, by SQLSTATE or its class: the connection lost, rolled back for another
@@ -53,7 +49,7 @@ class Topic(StrEnum):
 
 
 class StoreUnavailable(DomainError):
-    """The database cannot be reached or written; nothing was changed."""
+    """The database cannot be reached or written; nothing was changed, unless PostgreSQL left its commit unanswered."""
 
     kind = ErrorKind.UNAVAILABLE
     code = "store_unavailable"
@@ -117,6 +113,8 @@ class Database:
         if engine.dialect.name == "postgresql":
             self._reader = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._turn = asyncio.Lock()
+        self._certain = asyncio.Lock()
+        self._mark = f"written by {new_id()}"  # the row that tells this process's last certain transaction
         self._listeners: list[Listener] = []
 
     def listen(self, listener: Listener) -> None:
@@ -128,28 +126,43 @@ class Database:
             listener(committed)
 
     @asynccontextmanager
-    async def transaction(self, patience: float = BUSY_TIMEOUT) -> AsyncIterator[Transaction]:
-        """Where PostgreSQL goes away before it has answered a commit, it is asked what became of it as soon as it is
-        back, for `patience` seconds; then StoreUnavailable leaves that open."""
-        committing: str | None = None
-        try:
-            async with self._turn, AsyncSession(self._writer, expire_on_commit=False) as session:
-                transaction = Transaction(session, self.secrets)
-                yield transaction
-                if transaction.topics:
-                    await _bump(session, transaction.topics)
-                committing = await _transaction_id(session)
-                await session.commit()
-            committed = transaction.committed()
-        except (DBAPIError, PoolExhausted) as error:
-            reason = translate(error)
-            if committing is None or not isinstance(reason, StoreUnavailable):
-                raise reason from error
-            if not await self._was_committed(committing, patience):
-                raise reason from error
-            committed = Committed(frozenset(transaction.topics), None)  # others may have been told of later changes
-        if committed.topics:
-            self.tell(committed)
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        async with self._turn:
+            try:
+                async with AsyncSession(self._writer, expire_on_commit=False) as session:
+                    transaction = Transaction(session, self.secrets)
+                    yield transaction
+                    if transaction.topics:
+                        await _bump(session, transaction.topics)
+                    await session.commit()
+                    if transaction.topics:
+                        self.tell(transaction.committed())
+            except (DBAPIError, PoolExhausted) as error:
+                raise translate(error) from error
+
+    @asynccontextmanager
+    async def certain_transaction(self) -> AsyncIterator[Transaction]:
+        """For what must not be written twice: where PostgreSQL goes away and its answer to the commit with it, this
+        waits until it is back and tells whether it was committed. StoreUnavailable then means that it was not."""
+        async with self._certain:
+            mark, complete = new_id(), False
+            try:
+                async with self.transaction() as tx:
+                    yield tx
+                    await tx.session.merge(FactRow(name=self._mark, value=mark))
+                    await tx.session.flush()
+                    complete = True
+            except StoreUnavailable:
+                if not complete or await self._marked() != mark:
+                    raise
+
+    async def _marked(self) -> str | None:
+        while True:
+            try:
+                async with self.transaction() as tx:  # a writer: whatever became of the one before, it has ended
+                    return await tx.session.scalar(sa.select(FactRow.value).where(FactRow.name == self._mark))
+            except StoreUnavailable:
+                await asyncio.sleep(_ASK_AGAIN)
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
@@ -167,19 +180,6 @@ class Database:
                 yield connection
         except (DBAPIError, PoolExhausted) as error:
             raise translate(error) from error
-
-    async def _was_committed(self, transaction_id: str, patience: float) -> bool:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                async with self.connect() as connection:
-                    found = await connection.execute(_STATUS, {"id": transaction_id})
-                    if (status := found.scalar_one()) != "in progress":
-                        return bool(status == "committed")
-            except StoreUnavailable:
-                if time.monotonic() > deadline:
-                    raise
-            await asyncio.sleep(_ASK_AGAIN)
 
     async def epoch(self) -> str:
         """The identity of this database's history; it changes when a backup is restored."""
@@ -251,6 +251,7 @@ class _Connecting:
     def __call__(self, dialect: Any, _record: object, arguments: list[Any], options: dict[str, Any]) -> Any:
         try:
             connection = dialect.loaded_dbapi.connect(*arguments, **options)
+            _notice_silence(connection.driver_connection._transport.get_extra_info("socket"))
         except Exception as error:
             # The driver raises what the socket or the server said, before the engine's own translation begins.
             reason = str(error) or type(error).__name__
@@ -258,7 +259,6 @@ class _Connecting:
                 log.warning("store.connect_failed", reason=reason)
             self._failing = True
             raise dialect.loaded_dbapi.OperationalError(reason) from error
-        _notice_silence(connection.driver_connection._transport.get_extra_info("socket"))
         if self._failing:
             log.info("store.connect_restored")
         self._failing = False
@@ -279,14 +279,7 @@ def _begin_postgresql(connection: sa.Connection) -> None:
     # The server's default isolation, READ COMMITTED, is what a writer needs: each statement sees all that the writers
     # before have committed, which a snapshot taken before the lock would not.
     if connection.get_execution_options().get("write", False):
-        connection.info[_ID] = connection.execute(_LOCK, {"key": _WRITER}).scalar_one()
-
-
-async def _transaction_id(session: AsyncSession) -> str | None:
-    """PostgreSQL's; None on SQLite, whose commit cannot be left without an answer."""
-    connection = await session.connection()
-    found: str | None = connection.sync_connection.info.get(_ID) if connection.sync_connection is not None else None
-    return found
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER})")
 
 
 async def _bump(session: AsyncSession, topics: set[Topic]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
@@ -319,8 +318,7 @@ class LiveStates:
         rows = [row_of(entry) for _, entry in sorted(changed.items())]
         marks = [mark_of(node_id, self._ledger.marks[node_id]) for node_id in sorted(reporting)]
         try:
-            # What is written twice counts twice: that has to be known, however long it takes.
-            async with self._database.transaction(patience=math.inf) as tx:
+            async with self._database.certain_transaction() as tx:  # what is written twice counts twice
                 connection = await tx.session.connection()
                 if rows:
                     await connection.execute(UPDATE, rows)

@@ -12,6 +12,12 @@ from tests.support.node_port import NodePort, node_port
 
 
 @pytest.fixture
+def engine() -> str:
+    """What a session sends is decided in desired and fleet: here test_sync alone runs on both."""
+    return "sqlite"
+
+
+@pytest.fixture
 async def port(database: Database, tmp_path: Path) -> AsyncIterator[NodePort]:
     async with node_port(database, tmp_path / "ca") as running:
         yield running

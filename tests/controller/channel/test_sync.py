@@ -43,6 +43,12 @@ from shared.protocol import (
     Snapshot,
 )
 from tests.support.node_port import NEVER, FakeAgent, NodePort, eventually, node_port, until
+from tests.support.postgresql import ENGINES
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def peers(count: int, network: int = 1) -> list[Peer]:

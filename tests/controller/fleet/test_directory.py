@@ -161,13 +161,12 @@ async def test_a_server_has_what_its_node_says_of_itself(
     await until(lambda: directory.servers(Plan.FREE))
     before = directory.known(node_id)
     assert (before.protocols, before.ssh_host_keys, before.ledger) == (("wireguard",), (), "")
-    revision = directory.revision
     keys = tuple(f"ssh-ed25519 {letter * 68}" for letter in "AB")
     settings = FleetSettings(channel_address="127.0.0.1:8443", ipv4_pool=ip_network("10.66.0.0/16"))
     protocols = Protocols(database, settings, await load_keys(database))
     offer = Offer((Protocol.OPENVPN, Protocol.SSH), keys, "ledger-1")
     await protocols.offer(Admitted(node_id, "us-1", "1", Offer()), offer)
-    await until(lambda: directory.revision > revision)
+    await until(lambda: directory.known(node_id) != before)
     now_ = directory.known(node_id)
     assert (now_.protocols, now_.ssh_host_keys, now_.ledger) == (("openvpn", "ssh"), keys, "ledger-1")
     assert directory.server(Plan.FREE, node_id) == now_
