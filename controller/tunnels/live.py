@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import NamedTuple
 
@@ -37,6 +37,7 @@ FLUSH_INTERVAL = 2.0  # seconds
 # tells the last counters of a peer that it removes within that time: they still count.
 _HURRY = 0.25
 _OVERLAP = timedelta(minutes=5)  # ended rows are looked for again so long: commits and clocks are not in one order
+_COUNT_KEPT = timedelta(seconds=2)
 _CHUNK = 500  # engines limit the parameters of a statement
 _MANY = 20_000  # sessions that are looked up at a time
 
@@ -86,6 +87,7 @@ class LiveStates:
         self._ends_moved = False
         self._ends_seen = clock()
         self._failing = False
+        self._states: tuple[datetime, Mapping[Status, int]] = (datetime.min.replace(tzinfo=UTC), {})
         database.listen(self._committed)
         metrics.watch(self.count_states, self.book.counts)
 
@@ -167,9 +169,14 @@ class LiveStates:
         return (entry.counters.baseline(), entry.last_handshake) if entry is not None else None
 
     def count_states(self) -> Mapping[Status, int]:
+        """As they were at most two seconds ago: to count many connections at every question slows what runs beside."""
         now = self._clock()
-        entries = list(self._ledger.entries.values())  # in one step: metrics are made in a thread
-        return Counter(status(None, entry.handshake_at, now, self._is_live(entry)) for entry in entries)
+        counted_at, states = self._states
+        if not counted_at <= now < counted_at + _COUNT_KEPT:
+            entries = list(self._ledger.entries.values())  # in one step: metrics are made in a thread
+            states = Counter(status(None, entry.handshake_at, now, self._is_live(entry)) for entry in entries)
+            self._states = now, states
+        return states
 
     async def flush(self) -> None:
         """Write what changed since the last flush. What could not be written stays for the next one."""

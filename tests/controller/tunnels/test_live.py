@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sys
 import threading
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -260,7 +261,22 @@ async def test_counts_survive_a_database_that_is_away_and_are_not_acknowledged_m
     assert await stored(world, made) == (10, 20)
 
 
-async def test_metrics_are_read_by_a_thread_while_connections_come_and_go(world: Any, made: Connection) -> None:
+async def test_states_are_counted_anew_when_two_seconds_have_passed(
+    world: Any, made: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment = datetime.now(UTC)
+    monkeypatch.setattr(world.live, "_clock", lambda: moment)
+    assert world.live.count_states() == {Status.CONNECTING: 1}
+    world.report(made.public_key, 10, 20, world.ago())
+    assert world.live.count_states() == {Status.CONNECTING: 1}
+    moment += timedelta(seconds=2)
+    assert world.live.count_states() == {Status.CONNECTED: 1}
+
+
+async def test_metrics_are_read_by_a_thread_while_connections_come_and_go(
+    world: Any, made: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controller.tunnels.live._COUNT_KEPT", timedelta(0))
     stop, failures, read = threading.Event(), list[Exception](), 0
 
     def look() -> None:
