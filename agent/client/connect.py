@@ -167,10 +167,12 @@ async def _connect(
         connection = await _wait(api, local, connection, progress, started + arguments.timeout)
         latency = await by.latency(local)
     except BaseException as error:
-        # Asked before the connection ends: the server says only that it lets nobody in.
-        refusal = await _refusal(api, local) if isinstance(error, Failure | DriverError) else None
-        progress.show(f"taking {local.interface} down again")
-        await _abandon(api, profile, local)
+        try:
+            # Asked before the connection ends: the server says only that it lets nobody in.
+            refusal = await _refusal(api, local) if isinstance(error, Failure | DriverError) else None
+        finally:
+            progress.show(f"taking {local.interface} down again")
+            await _abandon(api, profile, local)
         if refusal is not None:
             raise Failure(f"{refusal} ({error})") from error
         raise

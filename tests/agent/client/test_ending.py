@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -100,6 +101,28 @@ async def test_logout_ends_the_connections_of_this_machine(
     assert await proxy.gone()
     assert controller.connections == [{"connection_id": "another device's"}]
     assert [name for name, _ in controller.requests] == ["DELETE /connections/{id}", "POST /auth/logout"]
+
+
+async def test_interrupted_while_it_asks_for_a_refusals_reason_it_leaves_nothing(
+    logged_in: Cli, controller: FakeController
+) -> None:
+    controller.servers = [server("s1", name="fra1")]
+    controller.config = {"host": "no host", "port": 0}  # of no use
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "agent.client", "connect", "--protocol", "ssh"), stderr=asyncio.subprocess.PIPE
+    )
+
+    def interrupt() -> web.StreamResponse:
+        process.send_signal(signal.SIGINT)
+        return web.json_response(controller.connections)
+
+    controller.answers["GET /connections"] = interrupt
+    _, words = await process.communicate()
+
+    assert process.returncode == 130 and b"Traceback" not in words
+    assert controller.seen("GET /connections")
+    assert controller.connections == []
+    assert Profile.of_user().tunnels() == []
 
 
 async def test_what_the_controller_could_not_be_told_is_told_again(
