@@ -54,6 +54,7 @@ def render(interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> 
 
 
 def _chain(name: str, hook: str, rules: Iterable[Iterable[str]]) -> str:
+    # Once each: isolating the only interface says the same in both directions.
     lines = "".join(dict.fromkeys(f"\t\t{rule}\n" for group in rules for rule in group))
     return f"\tchain {name} {{\n\t\ttype {hook}; policy accept;\n{lines}\t}}\n"
 
