@@ -1,6 +1,6 @@
 """Requests to the kernel's WireGuard, many peers in one; pure.
 
-A peer is packed at once, its headers being constants: encoding is then hardly visible beside the kernel's work.
+Headers are constants, and addresses are packed for many peers at once: hardly visible beside the kernel's work.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from agent.drivers.netlink.codec import NLA_F_NESTED, attribute, text, u32
 from agent.drivers.wireguard import allowedips
@@ -42,6 +43,7 @@ from shared.keys import KEY_BYTES, PrivateKey
 # The kernel holds its network lock (RTNL) for a whole message, about 30 µs per new peer: others wait less with few
 # peers in one, and the round trips cost less with many.
 _PEERS_PER_MESSAGE = 64
+_PACKED_AT_ONCE = 1024
 # An attribute's length has 16 bits: some 2,300 allowed IPs in one nest would wrap it around.
 _IPS_PER_RECORD = 500
 _MAX_BYTES = 48_000
@@ -50,9 +52,7 @@ _PUBLIC_KEY = header(PEER_PUBLIC_KEY, KEY_BYTES)
 _PRESHARED_KEY = header(PEER_PRESHARED_KEY, KEY_BYTES)
 _REPLACE_ALLOWED_IPS = u32(PEER_FLAGS, FLAG_REPLACE_ALLOWED_IPS)
 _REMOVE_ME = u32(PEER_FLAGS, FLAG_REMOVE_ME)
-_KEEPALIVE = header(PEER_KEEPALIVE, 2)
-# Nest, public key, preshared key, flags, keepalive, header of the allowed IPs.
-_RECORD = struct.Struct("=HH 4s32s 4s32s 8s 4sHxx HH")
+_KEEPALIVE = struct.Struct("=4sHxx")
 
 
 def family_request() -> bytes:
@@ -73,9 +73,9 @@ def set_listen_port(name: str, port: int) -> bytes:
 
 def set_peers(name: str, peers: Sequence[Peer]) -> Iterator[bytes]:
     """Add the peers, or make those that exist exactly these; endpoint and counters stay."""
-    for start in range(0, len(peers), _PEERS_PER_MESSAGE):
-        part = peers[start : start + _PEERS_PER_MESSAGE]
-        yield from _messages(name, [_record(peer) for peer in part])
+    for start in range(0, len(peers), _PACKED_AT_ONCE):
+        part = peers[start : start + _PACKED_AT_ONCE]
+        yield from _messages(name, _records(part))
         for peer in part:
             if len(peer.allowed_ips) > _IPS_PER_RECORD:
                 yield from _messages(name, _more_allowed_ips(peer))
@@ -87,13 +87,11 @@ def set_server(name: str, server: ServerPeer) -> Iterator[bytes]:
         endpoint = struct.pack("=H", socket.AF_INET) + struct.pack("!H", port) + host.packed + bytes(8)
     else:
         endpoint = struct.pack("=H", socket.AF_INET6) + struct.pack("!HI", port, 0) + host.packed + bytes(4)
-    return _messages(name, [_record(server.peer, attribute(PEER_ENDPOINT, endpoint))])
+    return _messages(name, _records([server.peer], attribute(PEER_ENDPOINT, endpoint)))
 
 
 def remove_peers(name: str, public_keys: Sequence[bytes]) -> Iterator[bytes]:
-    for start in range(0, len(public_keys), _PEERS_PER_MESSAGE):
-        part = public_keys[start : start + _PEERS_PER_MESSAGE]
-        yield from _messages(name, [_nest(0, _PUBLIC_KEY + key + _REMOVE_ME) for key in part])
+    return _messages(name, [_nest(0, _PUBLIC_KEY + key + _REMOVE_ME) for key in public_keys])
 
 
 def _set_device(name: str) -> bytes:
@@ -101,31 +99,32 @@ def _set_device(name: str) -> bytes:
 
 
 def _messages(name: str, records: list[bytes]) -> Iterator[bytes]:
-    content = b"".join(records)
-    if len(content) <= _MAX_BYTES:
-        yield _set_device(name) + _nest(DEVICE_PEERS, content)
-    else:
-        for record in records:
-            yield _set_device(name) + _nest(DEVICE_PEERS, record)
+    done = 0
+    while done < len(records):
+        part = records[done : done + _PEERS_PER_MESSAGE]
+        while (size := sum(map(len, part))) > _MAX_BYTES and len(part) > 1:
+            part = part[: len(part) // 2]
+        yield b"".join((_set_device(name), header(DEVICE_PEERS | NLA_F_NESTED, size), *part))
+        done += len(part)
 
 
-def _record(peer: Peer, endpoint: bytes = b"") -> bytes:
-    prefixes = peer.allowed_ips
-    ips = allowedips.encode(prefixes if len(prefixes) <= _IPS_PER_RECORD else prefixes[:_IPS_PER_RECORD])
-    fixed = _RECORD.pack(
-        _RECORD.size + len(ips) + len(endpoint),
-        NLA_F_NESTED,
-        _PUBLIC_KEY,
-        peer.public_key,
-        _PRESHARED_KEY,
-        peer.preshared_key or NO_KEY,
-        _REPLACE_ALLOWED_IPS,
-        _KEEPALIVE,
-        peer.keepalive,
-        HEADER.size + len(ips),
-        PEER_ALLOWED_IPS | NLA_F_NESTED,
-    )
-    return fixed + ips + endpoint
+def _records(peers: Sequence[Peer], endpoint: bytes = b"") -> list[bytes]:
+    records = []
+    contents = allowedips.encode_each([peer.allowed_ips[:_IPS_PER_RECORD] for peer in peers])
+    for peer, ips in zip(peers, contents, strict=True):
+        before, after = _frame(len(ips), len(endpoint), peer.keepalive)
+        preshared_key = peer.preshared_key or NO_KEY
+        records.append(b"".join((before, peer.public_key, _PRESHARED_KEY, preshared_key, after, ips, endpoint)))
+    return records
+
+
+@lru_cache(maxsize=256)
+def _frame(ips: int, endpoint: int, keepalive: int) -> tuple[bytes, bytes]:
+    """What is before a record's public key, and between its preshared key and its allowed IPs; lengths in bytes."""
+    after = _REPLACE_ALLOWED_IPS + _KEEPALIVE.pack(header(PEER_KEEPALIVE, 2), keepalive)
+    after += HEADER.pack(HEADER.size + ips, PEER_ALLOWED_IPS | NLA_F_NESTED)
+    before = HEADER.size + len(_PUBLIC_KEY) + KEY_BYTES + len(_PRESHARED_KEY) + KEY_BYTES
+    return HEADER.pack(before + len(after) + ips + endpoint, NLA_F_NESTED) + _PUBLIC_KEY, after
 
 
 def _more_allowed_ips(peer: Peer) -> list[bytes]:

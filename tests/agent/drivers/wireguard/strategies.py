@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -30,5 +30,13 @@ peers = st.builds(
     allowed_ips=st.lists(ipv4 | ipv6, max_size=20, unique=True).map(tuple),
     preshared_key=st.none() | secrets,
     keepalive=st.integers(0, 65535),
+)
+clients = st.builds(
+    Peer,
+    public_key=secrets,
+    allowed_ips=st.tuples(
+        st.integers(0, (1 << 32) - 1).map(lambda number: f"{IPv4Address(number)}/32"),
+        st.integers(0x2000 << 112, 0xFDFF << 112).map(lambda number: f"{IPv6Address(number)}/128"),
+    ),
 )
 peer_lists = st.lists(peers, max_size=8, unique_by=lambda peer: peer.public_key)

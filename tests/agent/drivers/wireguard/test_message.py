@@ -23,7 +23,7 @@ from agent.drivers.wireguard.server import ServerPeer
 from shared.desired import Peer
 from shared.keys import PresharedKey, PublicKey, encode_key
 from shared.protocol import PeerStats
-from tests.agent.drivers.wireguard.strategies import peer_lists, peers, unhurried
+from tests.agent.drivers.wireguard.strategies import clients, peer_lists, peers, unhurried
 
 counters = st.integers(0, (1 << 63) - 1)
 
@@ -59,6 +59,35 @@ def test_peers_are_packed_as_another_decoder_reads_them(wanted: list[Peer]) -> N
         assert values["WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL"] == peer.keepalive
         assert values["WGPEER_A_FLAGS"] == 2
         assert allowed_ips(values) == list(peer.allowed_ips)
+
+
+@unhurried
+@given(st.lists(clients, min_size=1, max_size=100), st.lists(peers, max_size=2), st.randoms())
+def test_peers_are_packed_alike_wherever_clients_with_one_address_of_each_family_are_many(
+    many: list[Peer], others: list[Peer], shuffle: random.Random
+) -> None:
+    wanted = [*many, *others]
+    shuffle.shuffle(wanted)
+    found = packed_peers(message.set_peers("wg0", wanted))
+    assert [allowed_ips(values) for values in found] == [list(peer.allowed_ips) for peer in wanted]
+
+
+@pytest.mark.parametrize(
+    "prefixes",
+    [
+        [("32.0.0.0/3", "fd00::1/128"), ("32.0.0.1/32", "fd00::2/128")],
+        [("10.0.0.1/32", "fd00::/12"), ("10.0.0.2/32", "fd00::2/128")],
+        [("10.0.0.1/32", "fd00::1/128"), ("10.0.0.0/24", "fd00::2/128")],
+        [("fd00::/32", "fd00::1/128"), ("10.0.0.2/32", "fd00::2/128")],
+        [("10.0.0.1/32", "10.0.0.2/32"), ("10.0.0.3/32", "10.0.0.4/32")],
+        [("fd00::1/128", "10.0.0.1/32"), ("fd00::2/128", "10.0.0.2/32")],
+        [("10.0.0.1/32", "fd00::1/128", "10.0.0.2/32"), ("10.0.0.3/32",)],
+    ],
+)
+def test_peers_that_only_look_like_clients_are_packed_as_they_are(prefixes: list[tuple[str, ...]]) -> None:
+    wanted = [Peer(public_key=bytes([number]) * 32, allowed_ips=ips) for number, ips in enumerate(prefixes, 1)]
+    found = packed_peers(message.set_peers("wg0", wanted))
+    assert [tuple(allowed_ips(values)) for values in found] == prefixes
 
 
 @unhurried
