@@ -157,4 +157,5 @@ def _by_keyword(networks: Sequence[Network]) -> dict[str, str]:
 
 
 def _set(names: Iterable[str]) -> str:
-    return "{ " + ", ".join(f'"{name}"' for name in names) + " }"
+    quoted = [f'"{name}"' for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{{ {', '.join(quoted)} }}"
