@@ -179,7 +179,7 @@ class Intake:
             return
         self._answers.synchronised(frame.scope)
         self.epoch, self._convergence.prune = frame.epoch, prune
-        del resources  # or their memory is taken while the host is read as well, and most of that stays with the process
+        del resources  # or their memory would be taken while the host is read, and most of that stays with the process
         await self._changes.become(wanted)
         self._answers.answer(frame.scope)
 
