@@ -13,7 +13,6 @@ import uvloop
 from controller import log
 from controller.commands import nodes, sessions, users
 from controller.commands.command import Command, add, config
-from controller.config import LogLevel
 from controller.errors import DomainError, Unusable
 from shared import __version__
 from shared.settings import SettingsError
@@ -26,7 +25,7 @@ def main() -> None:
     os.umask(0o077)  # the database and all that is made beside it is for this account only
     command: Command = arguments.command
     try:
-        log.configure(LogLevel.WARNING)
+        log.configure("warning")
         if "password_stdin" in arguments:  # before the event loop is there: Ctrl-C ends the question
             arguments.password = users.read_password(arguments)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -1,4 +1,4 @@
-"""The composition root: the only place that joins the rooms, for the service and for the command line beside it."""
+"""The composition root of the service: the rooms and the web, joined and run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import ssl
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_network
@@ -19,51 +19,36 @@ from typing import Any
 
 import structlog
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
+from aiohttp.log import server_logger
 from prometheus_client import CollectorRegistry, Info, disable_created_metrics
 
 from controller.access.logins import Logins
-from controller.access.members import Members
-from controller.access.service import Access
-from controller.accounts.administration import Administration
-from controller.accounts.newpassword import PasswordChanges
-from controller.accounts.passwords import Passwords
 from controller.accounts.service import Accounts, hold_account
 from controller.channel.endpoint import node_application
 from controller.channel.hub import Hub
 from controller.channel.metrics import ChannelMetrics
 from controller.channel.tls import ChannelTls
-from controller.config import Config, read_secrets, split_address
+from controller.config import Config, split_address
 from controller.contracts import irssh, skynet
 from controller.contracts.kit import AccessLog, Api, HttpSettings
 from controller.errors import Unusable
 from controller.events.service import Events
-from controller.fleet import ca
-from controller.fleet.ca import Authority
 from controller.fleet.directory import Directory
 from controller.fleet.identities import Identities
 from controller.fleet.metrics import FleetMetrics
 from controller.fleet.progress import Progress
 from controller.fleet.protocols import Protocols
-from controller.fleet.service import Fleet
-from controller.fleet.settings import FleetSettings, ProtocolPools
-from controller.fleet.vpnkeys import VpnKeys, load_keys
 from controller.notify import notify, watchdog
 from controller.operations import operations_routes
-from controller.store.database import Database, Transaction, open_database
-from controller.store.migrate import migrate
-from controller.store.types import new_id
+from controller.services import Services, open_services, pool_of
 from controller.store.watch import Watcher
-from controller.tunnels.addresses import Pool
-from controller.tunnels.ending import end_account, end_by_ids
+from controller.tunnels.ending import end_by_ids
 from controller.tunnels.live import LiveStates
 from controller.tunnels.metrics import Metrics as TunnelMetrics
-from controller.tunnels.peers import Peers
 from controller.tunnels.service import Tunnels, TunnelSettings
-from controller.usage.book import Book
 from controller.usage.enforcement import Enforcement
-from controller.usage.granting import Granting, rebalance
-from controller.usage.limits import Limits, Refresh
-from controller.usage.records import Records
+from controller.usage.granting import Granting
 from controller.usage.sessions import Sessions
 from shared import __version__
 from shared.services import most_tunnels
@@ -78,23 +63,6 @@ log = structlog.get_logger()
 
 class CannotListen(Unusable):
     """An address of the settings cannot be had; the text says which and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What needs only the database: enough for the command line."""
-
-    database: Database
-    authority: Authority
-    fleet_settings: FleetSettings
-    fleet: Fleet
-    passwords: Passwords
-    accounts: Accounts
-    administration: Administration
-    members: Members
-    peers: Peers
-    keys: VpnKeys
-    refresh: Refresh  # brings the nodes to what an account may do now
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,59 +81,6 @@ class Controller:
     tls: ChannelTls
     api: Api
     node_port: web.Application
-
-
-@asynccontextmanager
-async def services(config: Config) -> AsyncIterator[Services]:
-    """Open the database at this version's schema, and what works on nothing else."""
-    authority = await asyncio.to_thread(ca.load, config.ca_directory)
-    secrets = await asyncio.to_thread(read_secrets, config.secret_key_file)
-    pool = _pool(config)
-    settings = FleetSettings(
-        channel_address=config.dialled_address(),
-        ipv4_pool=pool.ipv4,
-        ipv6_pool=pool.ipv6,
-        wireguard_port=config.tunnel.port,
-        mtu=config.tunnel.mtu,
-        dns=config.tunnel.dns,
-        pools=ProtocolPools(
-            openvpn_ipv4=config.protocols.openvpn.ipv4_pool,
-            openvpn_ipv6=config.protocols.openvpn.ipv6_pool,
-            ssh_ipv4=config.protocols.ssh.ipv4_pool,
-            l2tp_ipv4=config.protocols.l2tp.ipv4_pool,
-        ),
-        certificate_lifetime=timedelta(days=config.certificate_days),
-    )
-    async with AsyncExitStack() as stack:
-        database = open_database(config.database_url, secrets)
-        stack.push_async_callback(database.close)
-        await migrate(database)
-        keys = await load_keys(database)  # first of all: with other secrets than before nothing may be written
-        passwords = Passwords(config.passwords)
-        stack.callback(passwords.close)
-        peers = Peers(pool)
-        access = Access(passwords, peers.refresh, tunnels=most_tunnels(settings.pools.ssh_ipv4))
-        changes = PasswordChanges(passwords, [access])
-        accounts = Accounts(database, passwords, session_life=timedelta(hours=config.login_hours), changes=changes)
-        administration = Administration(database, changes, [end_account, access.end_account])
-
-        async def refresh(tx: Transaction, user_id: str) -> None:
-            await rebalance(tx, user_id)
-            await access.refresh(tx, user_id)
-
-        members = Members(database, accounts, administration, access, Limits(refresh))
-        fleet = Fleet(database, authority.pin, settings)
-        yield Services(
-            database, authority, settings, fleet, passwords, accounts, administration, members, peers, keys, refresh
-        )
-
-
-async def stored_sessions(database: Database) -> Sessions:
-    """The sessions as the running controller has stored them: to look at, and to end, beside it."""
-    book = Book(0, new_id)
-    async with database.connect() as connection:
-        await Records(database).load(connection, book, time.time())
-    return Sessions(database, book, end_by_ids)
 
 
 async def compose(services: Services, config: Config, registry: CollectorRegistry) -> Controller:
@@ -201,7 +116,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
         live,
         Logins(services.passwords, services.keys),
         TunnelSettings(
-            pool=_pool(config),
+            pool=pool_of(config),
             dns=config.tunnel.dns,
             cool_down=timedelta(seconds=config.tunnel.cool_down_seconds),
             ssh_tunnels=most_tunnels(config.protocols.ssh.ipv4_pool),
@@ -244,10 +159,11 @@ async def serve(config: Config) -> None:
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of no use here
     registry = CollectorRegistry()
     Info("skynetvpn_controller", "The running version", registry=registry).info({"version": __version__})
+    server_logger.addFilter(_is_ours)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with services(config) as opened:
+    async with open_services(config) as opened:
         nodes, clients = _bind(config.node_listen), _bind(config.listen)
         controller = await compose(opened, config, registry)
         await controller.protocols.apply_settings()
@@ -341,8 +257,10 @@ async def _listening(
         await runner.cleanup()
 
 
-def _pool(config: Config) -> Pool:
-    return Pool.parse(config.tunnel.ipv4_pool, config.tunnel.ipv6_pool)
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Not what is no HTTP: it is answered with 400, and a stranger must not fill the log with tracebacks."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
 
 
 def _http_settings(config: Config) -> HttpSettings:

@@ -8,8 +8,6 @@ from contextvars import ContextVar
 
 import orjson
 import structlog
-from aiohttp.http import HttpProcessingError
-from aiohttp.web import RequestPayloadError
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, WrappedLogger
 
@@ -34,7 +32,6 @@ def configure(level: str) -> None:
     )
     # Libraries that use the standard logging speak in the same form, warnings and worse only.
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_is_ours)
     handler.setFormatter(
         ProcessorFormatter(
             foreign_pre_chain=[
@@ -53,9 +50,3 @@ def add_request_id(_logger: WrappedLogger, _method: str, event: EventDict) -> Ev
     if (request_id := request_id_var.get(None)) is not None:
         event.setdefault("request_id", request_id)
     return event
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    """Not what is no HTTP: it is answered with 400, and a stranger must not fill the log with tracebacks."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, HttpProcessingError | RequestPayloadError)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from controller.setup import initialise
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("access", "accounts", "fleet", "tunnels", "usage", "billing", "hosting", "support", "events")
@@ -30,7 +34,13 @@ RULES = [
         "controller",
         ("controller.app",),
         "nothing knows the composition root but the command line",
-        except_in=("controller.__main__", "controller.commands", "controller.app"),
+        except_in=("controller.__main__", "controller.app"),
+    ),
+    Rule(
+        "controller",
+        ("controller.services",),
+        "a room gets the services that it needs from whoever joins the rooms",
+        except_in=("controller.app", "controller.commands", "controller.services"),
     ),
     *(
         Rule(f"controller.{room}", ("aiohttp", "controller.contracts", "controller.channel"), "a use case has no HTTP")
@@ -82,6 +92,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
 def imports(path: Path) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -120,6 +131,35 @@ def test_shared_imports_only_the_standard_library_keys_and_codec() -> None:
         if name.split(".")[0] not in allowed
     }
     assert not foreign
+
+
+LISTED = """
+import atexit, runpy, sys
+atexit.register(lambda: print(*sys.modules, file=sys.stderr))
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+WEB = {"aiohttp", "prometheus_client", "pydantic", "controller.app", "controller.contracts", "controller.channel"}
+STORE = {"sqlalchemy", "alembic"}
+
+
+def imported_by(*command: str) -> set[str]:
+    """All modules that a process of ours has imported at its end."""
+    program = [sys.executable, "-c", LISTED, *command]
+    ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    return set(ended.stderr.split())
+
+
+@pytest.mark.parametrize("command", ["controller user add", "agent run", "agent.client connect"])
+def test_help_imports_neither_the_web_nor_the_store(command: str) -> None:
+    assert not imported_by(*command.split(), "--help") & (WEB | STORE)
+
+
+async def test_a_command_beside_the_controller_imports_no_web_and_no_migrations(tmp_path: Path) -> None:
+    await initialise(tmp_path / "controller", None, None, None)
+    found = imported_by("controller", "user", "list", "--config", str(tmp_path / "controller" / "controller.yaml"))
+    assert "controller.services" in found
+    assert not found & (WEB | {"alembic"})
 
 
 def test_no_shell_strings() -> None:

@@ -9,10 +9,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from controller.config import Config, read_config
-
 if TYPE_CHECKING:
-    from controller.app import Services
+    from controller.config import Config
+    from controller.services import Services
 
 DEFAULT_CONFIG = Path("/etc/skynetvpn/controller.yaml")
 
@@ -35,12 +34,14 @@ def add_group(commands: Commands, name: str, words: str) -> Commands:
 
 @asynccontextmanager
 async def services(arguments: argparse.Namespace) -> AsyncIterator[Services]:
-    # Imported when they are needed, so that --help and a wrong argument are answered at once.
-    from controller import app
+    # Imported when they are needed, here and in the commands, so that --help and a wrong argument are answered at once.
+    from controller.services import open_services
 
-    async with app.services(config(arguments)) as opened:
+    async with open_services(config(arguments)) as opened:
         yield opened
 
 
 def config(arguments: argparse.Namespace) -> Config:
+    from controller.config import read_config
+
     return read_config(arguments.config, os.environ)

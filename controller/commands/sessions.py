@@ -10,7 +10,7 @@ from controller.commands.command import Commands, add, add_group, services
 from controller.commands.output import add_output, amount, moment, say, table, tell
 
 if TYPE_CHECKING:
-    from controller.app import Services
+    from controller.services import Services
     from controller.usage.sessions import Session
 
 Record = Mapping[str, Any]
@@ -46,7 +46,7 @@ async def _list(arguments: argparse.Namespace) -> None:
 
 
 async def _kick(arguments: argparse.Namespace) -> None:
-    from controller.app import stored_sessions
+    from controller.services import stored_sessions
 
     async with services(arguments) as opened:
         member = await opened.members.named(arguments.name)
@@ -55,7 +55,7 @@ async def _kick(arguments: argparse.Namespace) -> None:
 
 
 async def _end(arguments: argparse.Namespace) -> None:
-    from controller.app import stored_sessions
+    from controller.services import stored_sessions
 
     async with services(arguments) as opened:
         sessions = await stored_sessions(opened.database)
@@ -65,7 +65,7 @@ async def _end(arguments: argparse.Namespace) -> None:
 
 async def records(opened: Services, user_id: str | None = None, node_id: str | None = None) -> list[Record]:
     """The live sessions as they are stored, with the names of accounts and nodes."""
-    from controller.app import stored_sessions
+    from controller.services import stored_sessions
 
     live = (await stored_sessions(opened.database)).live(user_id, node_id)
     users = {user.id: user.username for user in await opened.administration.list_users()}

@@ -103,7 +103,7 @@ async def _list(arguments: argparse.Namespace) -> None:
 
 
 async def _show(arguments: argparse.Namespace) -> None:
-    from controller.app import stored_sessions
+    from controller.services import stored_sessions
 
     async with services(arguments) as opened:
         member = await opened.members.named(arguments.name)

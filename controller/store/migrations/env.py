@@ -1,4 +1,4 @@
-"""Alembic's entry: runs on the connection, and in the transaction, that store/migrate.py hands over."""
+"""Alembic's entry: runs on the connection, and in the transaction, that store/upgrade.py hands over."""
 
 from typing import Any, Literal
 

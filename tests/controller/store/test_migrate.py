@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,9 +11,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from controller.secretbox import SecretBox
-from controller.store.database import Database, open_database
-from controller.store.migrate import SchemaFromElsewhere, alembic_config, migrate
+from controller.store.database import BUSY_TIMEOUT, Database, open_database
+from controller.store.migrate import REVISION, migrate
 from controller.store.schema import metadata
+from controller.store.upgrade import SchemaFromElsewhere, alembic_config
 
 
 @pytest.fixture
@@ -38,6 +40,15 @@ async def test_migrations_make_exactly_the_tables_of_the_code(empty: Database) -
         return compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), metadata)
 
     assert await run(empty, differences) == []
+    newest = await run(empty, lambda connection: MigrationContext.configure(connection).get_current_revision())
+    assert newest == REVISION
+
+
+async def test_what_is_up_to_date_is_only_read(empty: Database) -> None:
+    await migrate(empty)
+    async with asyncio.timeout(BUSY_TIMEOUT / 2), empty.transaction() as tx:
+        await tx.session.execute(sa.text("DELETE FROM facts"))  # somebody writes
+        await migrate(empty)
 
 
 async def test_migrating_again_changes_nothing_and_keeps_rows(empty: Database) -> None:

@@ -12,7 +12,8 @@ from alembic import command
 from controller.fleet.tables import AppliedRow, NodeRow
 from controller.secretbox import SecretBox
 from controller.store.database import Database, open_database
-from controller.store.migrate import alembic_config, migrate
+from controller.store.migrate import migrate
+from controller.store.upgrade import alembic_config
 from shared.resource import Protocol
 
 FIRST = "0001"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from controller.app import stored_sessions
+from controller.services import stored_sessions
 from controller.store.database import Committed, Database, Topic
 from controller.usage.errors import SessionNotFound
 from shared.access import SessionEnd
