@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent import config, files, log
+from agent import files
 from agent.errors import AgentError
 from shared import __version__
 from shared.settings import SettingsError
@@ -64,10 +64,11 @@ def _command(options: argparse.Namespace) -> Coroutine[Any, Any, int]:
 
 
 async def _enroll(token: str, directory: Path, wanted: str | None) -> int:
+    from agent.config import parse_protocols
     from agent.enrolment import enrol
 
     try:
-        protocols = config.parse_protocols(wanted) if wanted is not None else ()
+        protocols = parse_protocols(wanted) if wanted is not None else ()
     except ValueError as error:
         raise AgentError(f"--protocols: {error}") from error
     text = await asyncio.to_thread(sys.stdin.readline) if token == STANDARD_INPUT else token
@@ -95,6 +96,7 @@ async def _import(file: Path, directory: Path | None, interface: str | None) -> 
 
 
 async def _run(path: Path) -> int:
+    from agent import config, log
     from agent.service import serve
 
     settings = config.load(path)

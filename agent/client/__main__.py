@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from agent.client.cli import parser
+from agent.client.cli import function_of, parser
 from agent.client.errors import Failure
 from agent.client.profile import Profile
 from agent.drivers.base import DriverError
@@ -19,7 +19,7 @@ _INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
-        status: int = asyncio.run(arguments.run(arguments, Profile.of_user()))
+        status = asyncio.run(function_of(arguments.command)(arguments, Profile.of_user()))
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from agent.client import account, connect, show, up
 from agent.client.profile import Profile
 from agent.config import parse_protocols, split_address
 from agent.drivers.wireguard import Backend
 from shared import __version__
 from shared.resource import Protocol
 
-Command = Callable[[argparse.Namespace, Profile], Awaitable[int]]
+Command: TypeAlias = Callable[[argparse.Namespace, Profile], Coroutine[Any, Any, int]]
 
 _EPILOG = """\
 exit status: 0 done, 1 failed, 2 wrong usage, 3 not logged in (skynetvpn login), 130 interrupted.
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     _output(root, default="text")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Command, help: str, description: str | None = None) -> argparse.ArgumentParser:
+    def add(name: str, help: str, description: str | None = None) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=help,
@@ -57,22 +57,42 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _output(command, default=argparse.SUPPRESS)  # what was said before the command's name holds
-        command.set_defaults(run=run)
         return command
 
-    _login(add("login", account.login, "start a session; asks for the password without showing it"))
-    add("logout", account.logout, "take this machine's tunnels down and end the session, here and on the controller")
-    add("servers", show.servers, "list the servers that the account may use")
-    _connect(add("connect", connect.connect, "bring a tunnel up and wait until it is connected", _CONNECT))
-    status = add("status", show.status, "show the account's live connections and this machine's tunnels")
+    _login(add("login", "start a session; asks for the password without showing it"))
+    add("logout", "take this machine's tunnels down and end the session, here and on the controller")
+    add("servers", "list the servers that the account may use")
+    _connect(add("connect", "bring a tunnel up and wait until it is connected", _CONNECT))
+    status = add("status", "show the account's live connections and this machine's tunnels")
     status.add_argument("-w", "--watch", action="store_true", help="again every two seconds until Ctrl-C")
-    _config(add("config", show.config, "print a connection's configuration, for any program of its protocol"))
-    disconnect = add("disconnect", connect.disconnect, "take tunnels down and end their connections")
+    _config(add("config", "print a connection's configuration, for any program of its protocol"))
+    disconnect = add("disconnect", "take tunnels down and end their connections")
     disconnect.add_argument(
         "id", nargs="?", metavar="ID", help="connection id, interface or server (default: all tunnels of this machine)"
     )
-    _up(add("up", up.up, "run a controller and one node on this machine", _UP))
+    _up(add("up", "run a controller and one node on this machine", _UP))
     return root
+
+
+def function_of(command: str) -> Command:
+    """Imports what the command needs, and that only: --help and a wrong argument are answered at once."""
+    match command:
+        case "login" | "logout":
+            from agent.client import account
+
+            return account.login if command == "login" else account.logout
+        case "connect" | "disconnect":
+            from agent.client import connect
+
+            return connect.connect if command == "connect" else connect.disconnect
+        case "up":
+            from agent.client import up
+
+            return up.up
+        case _:
+            from agent.client import show
+
+            return {"servers": show.servers, "status": show.status, "config": show.config}[command]
 
 
 def _output(command: argparse.ArgumentParser, *, default: str) -> None:
