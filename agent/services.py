@@ -177,7 +177,8 @@ class Services:
     def failures(self, scope: str) -> dict[Name, str]:
         found: dict[Name, str] = {}
         for serving in self._serving.values():
-            found |= serving.failures(scope)
+            if serving.failing() or serving.busy(scope):
+                found |= serving.failures(scope)
         return found
 
     def impact(self, wanted: Logins) -> tuple[int, int]:
