@@ -226,11 +226,11 @@ async def test_a_server_that_was_never_there_is_unavailable(tmp_path: Path, secr
 VANISHING = """
 import asyncio, subprocess, sys
 from controller.secretbox import SecretBox
-from controller.store import database as store
+from controller.store import postgresql
 from controller.store.database import StoreUnavailable, Topic, open_database
 
 async def use(url):
-    store._SILENCE = 3
+    postgresql._SILENCE = 3
     database = open_database(url, SecretBox({"k1": b"k" * 32}, "k1"))
     async def write():
         async with database.transaction() as tx:
