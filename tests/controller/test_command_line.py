@@ -1,24 +1,33 @@
-"""The command line as an operator meets it: real processes, a real directory."""
+"""The command line as an operator meets it: a real directory, and real processes where it is about them.
+
+What is only said and stored is asked of main() in this process, which has imported it already."""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import shlex
+import shutil
 import socket
 import stat
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import aiohttp
 import pytest
 import sqlalchemy as sa
+import yaml
+from structlog.testing import capture_logs
 
+from controller import log
+from controller.__main__ import main
 from controller.accounts.tables import UserRow
 from controller.config import new_secret_line, read_secrets
 from controller.desired.tables import DesiredRow
@@ -45,6 +54,31 @@ async def controller(*arguments: str | Path, stdin: str = "") -> tuple[int, str,
     return process.returncode, output.decode(), errors.decode()
 
 
+async def typed(*arguments: str | Path, stdin: str = "") -> tuple[int, str, str]:
+    """The same without a process of its own."""
+    return await asyncio.to_thread(_typed, [str(argument) for argument in arguments], stdin)
+
+
+def _typed(arguments: list[str], stdin: str) -> tuple[int, str, str]:
+    status, umask = 0, os.umask(0o022)
+    with (
+        patch.multiple(sys, argv=["skynetvpn-controller", *arguments], stdin=io.StringIO(stdin)),
+        redirect_stdout(io.StringIO()) as output,
+        redirect_stderr(io.StringIO()) as errors,
+        patch.object(log, "configure"),  # it is for the whole process, and for ever
+        capture_logs() as logged,
+    ):
+        try:
+            main()
+        except SystemExit as ended:
+            assert isinstance(ended.code, int)
+            status = ended.code
+        finally:
+            os.umask(umask)
+    assert [event for event in logged if event["log_level"] not in ("debug", "info")] == []
+    return status, output.getvalue(), errors.getvalue()
+
+
 class Desk:
     """An administrator at the command line of one controller."""
 
@@ -54,12 +88,12 @@ class Desk:
         self.database: Database = open_database(f"sqlite+aiosqlite:///{directory}/controller.db", secrets)
 
     async def types(self, *arguments: str, stdin: str = "") -> str:
-        status, output, errors = await controller(*arguments, "--config", self._config, stdin=stdin)
+        status, output, errors = await typed(*arguments, "--config", self._config, stdin=stdin)
         assert (status, errors) == (0, "")
         return output
 
     async def fails(self, *arguments: str) -> str:
-        status, output, errors = await controller(*arguments, "--config", self._config)
+        status, output, errors = await typed(*arguments, "--config", self._config)
         assert (status, output) == (1, "")
         return errors
 
@@ -108,18 +142,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
-async def directory(tmp_path: Path) -> Path:
-    made = tmp_path / "controller"
-    listen, nodes = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-    status, _, errors = await controller("init", "--dir", made, "--listen", listen, "--node-listen", nodes)
-    assert (status, errors) == (0, "")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A controller's directory, to be copied."""
+    made = tmp_path_factory.mktemp("made") / "controller"
+    assert _typed(["init", "--dir", str(made)], "")[0] == 0
     return made
 
 
-def settings_of(directory: Path) -> dict[str, str]:
-    import yaml
+@pytest.fixture
+def directory(made: Path, tmp_path: Path) -> Path:
+    copy = shutil.copytree(made, tmp_path / "controller")
+    listen = {name: f"127.0.0.1:{free_port()}" for name in ("listen", "node_listen")}
+    (copy / "controller.yaml").write_text(yaml.safe_dump(settings_of(copy) | listen))
+    return copy
 
+
+def settings_of(directory: Path) -> dict[str, str]:
     return dict(yaml.safe_load((directory / "controller.yaml").read_text()))
 
 
@@ -152,9 +191,15 @@ def open_to_others(directory: Path) -> list[Path]:
     return [path for path in [directory, *directory.rglob("*")] if stat.S_IMODE(path.stat().st_mode) & 0o077]
 
 
-async def test_what_init_makes_is_for_its_owner_only(directory: Path) -> None:
-    assert open_to_others(directory) == []
-    status, _, errors = await controller("init", "--dir", directory)
+async def test_what_init_makes_is_for_its_owner_only(tmp_path: Path) -> None:
+    made = tmp_path / "controller"
+    addresses = ("--listen", "127.0.0.1:1", "--node-listen", "127.0.0.1:2", "--node-address", "vpn.example.org:3")
+    status, output, errors = await controller("init", "--dir", made, *addresses)
+    assert (status, errors) == (0, "")
+    assert "the API will listen on 127.0.0.1:1, nodes will dial vpn.example.org:3\n" in output
+    assert settings_of(made)["node_listen"] == "127.0.0.1:2"
+    assert open_to_others(made) == []
+    status, _, errors = await controller("init", "--dir", made)
     assert status == 1
     assert "exists already" in errors
 
@@ -209,16 +254,16 @@ async def test_it_is_administered_beside_the_running_one(directory: Path) -> Non
         status, output, errors = await controller(*token, "--protocols", "wireguard,ssh")
         assert (status, errors) == (0, "")
         assert jointoken.decode(output).address == settings_of(directory)["node_listen"]
-        status, output, _ = await controller("node", "list", "--config", config)
+        status, output, _ = await typed("node", "list", "--config", config)
         header, node = (line.split("\t") for line in output.splitlines())
         assert (status, header[:3], node[:3]) == (0, ["NAME", "STATUS", "PLACE"], ["fra1", "enabled", "DE Frankfurt"])
         assert (len(header), len(node), node[-3:]) == (7, 7, ["never", "wireguard", "-"])
-        status, output, _ = await controller("node", "status", "fra1", "--config", config)
+        status, output, _ = await typed("node", "status", "fra1", "--config", config)
         shown = dict(line.split(None, 1) for line in output.splitlines())
         assert (status, shown["status"], shown["wireguard"], shown["problem"]) == (0, "enabled", "-", "-")
-        status, output, errors = await controller("node", "status", "fra1", "maintenance", "--config", config)
+        status, output, errors = await typed("node", "status", "fra1", "maintenance", "--config", config)
         assert (status, output, errors) == (0, "the status of fra1 is maintenance\n", "")
-        status, _, errors = await controller("node", "confirm", "fra1", "--config", config)
+        status, _, errors = await typed("node", "confirm", "fra1", "--config", config)
         assert status == 1
         assert "fra1" in errors
 
@@ -346,7 +391,7 @@ async def test_health_readiness_and_metrics(directory: Path) -> None:
     ],
 )
 async def test_bad_input_is_one_clear_line(directory: Path, arguments: tuple[str, ...], words: str) -> None:
-    status, output, errors = await controller(*arguments, "--config", directory / "controller.yaml", stdin="short\n")
+    status, output, errors = await typed(*arguments, "--config", directory / "controller.yaml", stdin="short\n")
     assert (status, output) == (1, "")
     assert words in errors
     assert len(errors.splitlines()) == 1
@@ -363,7 +408,7 @@ async def test_bad_input_is_one_clear_line(directory: Path, arguments: tuple[str
     ],
 )
 async def test_a_wrong_option_says_what_is_allowed(option: str, value: str, allowed: str) -> None:
-    status, output, errors = await controller("user", "set", "bob", option, value)
+    status, output, errors = await typed("user", "set", "bob", option, value)
     assert (status, output) == (2, "")
     told = errors.splitlines()[-1]
     assert told.startswith(f"skynetvpn-controller user set: error: argument {option}: '{value}' is n")
