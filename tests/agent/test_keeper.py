@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
+from agent import keeper
 from agent.drivers.base import DriverError
 from shared.access import Lease, Limits, SessionEnd
 from shared.protocol import Applied
@@ -15,6 +18,12 @@ from tests.agent.model_host import ModelWireGuard
 from tests.agent.model_service import ModelHosts
 
 METERED = Limits(metered=True, opening=1000)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has used all may wait for a larger lease, but not for long."""
+    monkeypatch.setattr(keeper, "_PATIENCE", 0.2)
 
 
 def leased(node: Household, account: int, allowance: int) -> Lease:
@@ -170,6 +179,7 @@ async def test_connected_peers_count_as_sessions_of_their_account(tmp_path: Path
 # --- leases
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_allowance_is_used_over_all_protocols_and_its_end_takes_peers_and_logins_away(tmp_path: Path) -> None:
     mine, other = peer(1, account=1, limits=METERED), peer(2, account=2, limits=METERED)
     async with Household(tmp_path) as node:
@@ -189,6 +199,7 @@ async def test_allowance_is_used_over_all_protocols_and_its_end_takes_peers_and_
         assert words(node) == {}
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_allowance_ends_without_a_link_and_stays_ended_after_a_restart(tmp_path: Path) -> None:
     hosts, wireguard = ModelHosts(), ModelWireGuard()
     mine = peer(1, account=1, limits=METERED)
@@ -220,6 +231,7 @@ async def test_login_whose_time_is_over_ends_on_the_node_within_two_seconds_with
         await until(lambda: words(node) == {"ssh/user1": "its lease has ended"})
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_lease_of_another_ledger_gives_only_the_opening(tmp_path: Path) -> None:
     foreign = Lease(account=1, allowance=10**9, ledger="of a disk that is gone")
     async with Household(tmp_path) as node:
