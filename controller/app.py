@@ -47,7 +47,7 @@ from controller.tunnels.ending import end_by_ids
 from controller.tunnels.live import LiveStates
 from controller.tunnels.metrics import Metrics as TunnelMetrics
 from controller.tunnels.service import Tunnels, TunnelSettings
-from controller.usage.enforcement import Enforcement
+from controller.usage.enforcement import Enforcement, Kept
 from controller.usage.granting import Granting
 from controller.usage.sessions import Sessions
 from shared import __version__
@@ -107,7 +107,12 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
     live.on_stored(hub.acknowledge)
     sessions = Sessions(database, live.book, end_by_ids)
     granting = Granting(database, hub.wait_applied, live.wait_reported)
-    enforcement = Enforcement(database, live.book, sessions, Events(database), services.refresh)
+    kept = Kept(
+        timedelta(days=config.retention.sessions_days),
+        timedelta(days=config.retention.usage_days),
+        timedelta(days=config.retention.events_days),
+    )
+    enforcement = Enforcement(database, live.book, sessions, Events(database), services.refresh, kept=kept)
     for follower in (sessions.on_written, enforcement.on_written, granting.on_written):
         live.on_written(follower)
     tunnels = Tunnels(
@@ -119,6 +124,7 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
             pool=pool_of(config),
             dns=config.tunnel.dns,
             cool_down=timedelta(seconds=config.tunnel.cool_down_seconds),
+            kept=kept.sessions,
             ssh_tunnels=most_tunnels(config.protocols.ssh.ipv4_pool),
         ),
         max_connections=config.max_connections,

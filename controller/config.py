@@ -200,6 +200,15 @@ class Contracts:
 
 
 @dataclass(frozen=True, slots=True)
+class Retention:
+    """Days that history is kept."""
+
+    sessions_days: int = field(default=90, metadata=check(_positive))  # since their end; connections, too
+    usage_days: int = field(default=400, metadata=check(_positive))
+    events_days: int = field(default=30, metadata=check(_positive))
+
+
+@dataclass(frozen=True, slots=True)
 class PlanLimits:
     max_connections: int = field(metadata=check(_positive))
 
@@ -221,6 +230,7 @@ class Config:
     tunnel: Tunnel = Tunnel()
     protocols: Protocols = Protocols()
     contracts: Contracts = Contracts()
+    retention: Retention = Retention()
     rate_limits: dict[str, RateLimit] = field(default_factory=dict, metadata=check(_known_contracts))
     plans: dict[str, PlanLimits] = field(default_factory=dict, metadata=check(_known_plans))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
@@ -16,8 +16,6 @@ from controller.events.tables import EventRow
 from controller.store.database import Committed, Database, Topic, Transaction
 from controller.store.types import new_id
 from controller.store.types import now as utc_now
-
-KEPT = timedelta(days=30)
 
 log = structlog.get_logger()
 
@@ -72,10 +70,10 @@ class Events:
             )
             return [Event(row.id, row.at, EventKind(row.kind), row.user_id, json.loads(row.data)) for row in rows]
 
-    async def purge(self, now: datetime) -> int:
-        """Drop what is older than anybody will ask for; how many there were."""
+    async def purge(self, before: datetime) -> int:
+        """Drop what is older; how many there were."""
         async with self._database.transaction() as tx:
-            purged = await tx.session.execute(sa.delete(EventRow).where(EventRow.at < now - KEPT))
+            purged = await tx.session.execute(sa.delete(EventRow).where(EventRow.at < before))
         count: int = purged.rowcount  # type: ignore[attr-defined]
         return count
 

@@ -96,6 +96,19 @@ async def end_expired(
             ended += len(gone)
 
 
+async def purge(database: Database, before: datetime) -> int:
+    """Forget connections that ended before; in batches, too. Return how many there were."""
+    over = sa.select(ConnectionRow.id).where(ConnectionRow.ended_at < before).limit(_BATCH)
+    purged = 0
+    while True:
+        async with database.transaction() as tx:
+            done = await tx.session.execute(sa.delete(ConnectionRow).where(ConnectionRow.id.in_(over)))
+        count: int = done.rowcount  # type: ignore[attr-defined]
+        purged += count
+        if count < _BATCH:
+            return purged
+
+
 async def end_by_ids(tx: Transaction, connection_ids: Collection[str], reason: str) -> int:
     """End those of the connections that live; how many there were."""
     rows = await tx.session.scalars(

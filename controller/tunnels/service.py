@@ -52,6 +52,7 @@ class TunnelSettings:
     cool_down: timedelta = timedelta(minutes=10)  # before an address serves somebody else
     unused_after: timedelta = timedelta(days=1)  # a connection that never had a handshake ends
     silent_after: timedelta = timedelta(days=30)  # one that has had none for so long, too
+    kept: timedelta = timedelta(days=90)  # after its end
     ssh_tunnels: int = credentials.TUNNELS  # addresses that SSH has
 
 
@@ -217,11 +218,12 @@ class Tunnels:
         )
 
     async def run(self) -> None:
-        """End expired connections every hour."""
+        """End expired connections every hour, and forget those that ended long ago."""
         while True:
             await asyncio.sleep(_SWEEP_INTERVAL)
             try:
                 await self.end_expired()
+                await ending.purge(self._database, now() - self._settings.kept)
             except StoreUnavailable:
                 log.warning("tunnels.sweep_failed")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import sqlalchemy as sa
@@ -24,14 +25,21 @@ from controller.usage.sessions import Sessions
 from controller.usage.tables import LimitsRow
 
 WARNING = timedelta(days=3)  # before the expiry
-SESSIONS_KEPT = timedelta(days=90)
-USAGE_KEPT = timedelta(days=400)
 _LONGEST = 3600.0  # seconds without a look at the clock of limits, and between two purges
 _BATCH = 500
 _RETRY = 1.0
 _AGAIN = timedelta(minutes=1)  # after a limit that could not be enforced
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """How long history is kept."""
+
+    sessions: timedelta = timedelta(days=90)  # since their end
+    usage: timedelta = timedelta(days=400)
+    events: timedelta = timedelta(days=30)
 
 
 class Enforcement:
@@ -45,6 +53,7 @@ class Enforcement:
         events: Events,
         refresh: Refresh,
         *,
+        kept: Kept = Kept(),
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self._database = database
@@ -52,6 +61,7 @@ class Enforcement:
         self._sessions = sessions
         self._events = events
         self._refresh = refresh
+        self._kept = kept
         self._clock = clock
         self._wake = asyncio.Event()
         self._metered: set[str] = set()  # users who used some of their quota
@@ -73,7 +83,7 @@ class Enforcement:
             try:
                 await self.enforce()
                 if self._clock() >= purge_at:
-                    await self._purge()
+                    await self.purge()
                     purge_at = self._clock() + timedelta(seconds=_LONGEST)
                 failing, wait = False, self._seconds()
             except StoreUnavailable:
@@ -92,6 +102,12 @@ class Enforcement:
         await self._check_quotas()
         if self._due <= self._clock():
             await self._check_times()
+
+    async def purge(self) -> None:
+        """Drop the history that is older than what is kept."""
+        now = self._clock()
+        await self._sessions.purge(now - self._kept.sessions, now - self._kept.usage)
+        await self._events.purge(now - self._kept.events)
 
     async def _kick_surplus(self) -> None:
         """Of an account with too many sessions the newest end; each node knows only of its own."""
@@ -203,11 +219,6 @@ class Enforcement:
             if row.quota_bytes is not None:
                 await emit(tx, EventKind.LIMITS_RESET, row.user_id, {"used_bytes": used})
                 await self._refresh(tx, row.user_id)
-
-    async def _purge(self) -> None:
-        now = self._clock()
-        await self._sessions.purge(now - SESSIONS_KEPT, now - USAGE_KEPT)
-        await self._events.purge(now)
 
     def _seconds(self) -> float:
         return min(max((self._due - self._clock()).total_seconds(), 0.0), _LONGEST)

@@ -18,9 +18,10 @@ from controller.errors import ErrorKind, InvalidInput
 from controller.fleet.errors import ServerNotFound
 from controller.fleet.nodes import NodeStatus
 from controller.fleet.tables import NodeRow
+from controller.store.types import now
 from controller.tunnels import errors
 from controller.tunnels.addresses import Pool
-from controller.tunnels.ending import end_account
+from controller.tunnels.ending import end_account, purge
 from controller.tunnels.status import Status
 from controller.tunnels.tables import AllocationRow, ConnectionRow
 
@@ -291,3 +292,16 @@ async def test_unused_and_long_silent_connections_end_but_not_those_of_absent_no
     assert {item.id for item in await tunnels.list_live(world.alice)} == {absent.id, used.id}
     assert (await tunnels.get(world.alice, unused.id)).end_reason == "expired"
     assert list(await world.peers(0)) == [used.public_key]
+
+
+async def test_connections_that_ended_long_ago_are_forgotten(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controller.tunnels.ending._BATCH", 2)
+    tunnels = world.tunnels()
+    made = [await tunnels.create(world.alice, "skynet", world.nodes[0], "wireguard") for _ in range(4)]
+    for connection in made[:3]:
+        await tunnels.terminate(world.alice, connection.id)
+    assert await purge(world.database, now() - timedelta(minutes=1)) == 0
+    assert await purge(world.database, now() + timedelta(minutes=1)) == 3
+    with pytest.raises(errors.ConnectionNotFound):
+        await tunnels.get(world.alice, made[0].id)
+    assert [connection.id for connection in await tunnels.list_live(world.alice)] == [made[3].id]

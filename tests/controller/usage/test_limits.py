@@ -12,10 +12,12 @@ import pytest
 from controller.errors import InvalidInput
 from controller.store.types import now as real_now
 from controller.usage import limits
-from controller.usage.enforcement import Enforcement
+from controller.usage.enforcement import Enforcement, Kept
 from controller.usage.limits import AccountLimits, Period
 from shared import access
 from shared.access import SessionEnd
+
+LONG, SHORTLY = (Kept(sessions=each, usage=each, events=each) for each in (timedelta(days=9999), timedelta(days=1)))
 
 MEGABYTE = 10**6
 
@@ -230,8 +232,8 @@ async def test_events_are_heard_after_the_commit_only(world: Any) -> None:
     [event] = await world.events.after("")
     assert event.data == {"expires_at": world.now.isoformat()}
     assert await world.events.after(event.id) == []
-    assert await world.events.purge(real_now() + timedelta(days=29)) == 0
-    assert await world.events.purge(real_now() + timedelta(days=31)) == 1
+    assert await world.events.purge(real_now() - timedelta(minutes=1)) == 0
+    assert await world.events.purge(real_now() + timedelta(minutes=1)) == 1
 
 
 async def test_history_is_kept_for_a_time(world: Any) -> None:
@@ -242,3 +244,16 @@ async def test_history_is_kept_for_a_time(world: Any) -> None:
     assert [session.id for session in await world.sessions.history()] == ["s2"]  # it lives
     assert await world.sessions.purge(later, later) == 1
     assert await world.usage("alice") == {}
+
+
+@pytest.mark.parametrize(("kept", "left"), [(LONG, (2, 1, 1)), (SHORTLY, (1, 0, 0))])
+async def test_the_settings_say_how_long_history_is_kept(world: Any, kept: Kept, left: tuple[int, int, int]) -> None:
+    await world.store(world.stats("s1", rx=1, ended=world.seconds), world.stats("s2", rx=1))
+    await world.sessions.kick(session=world.sessions.find("s2"))
+    world.now = real_now() + timedelta(days=2)
+    enforcement = Enforcement(
+        world.database, world.live.book, world.sessions, world.events, world.refresh, kept=kept, clock=world.clock
+    )
+    await enforcement.purge()
+    history, events = await world.sessions.history(), await world.events.after("")
+    assert (len(history), len(await world.usage("alice")), len(events)) == left
