@@ -24,11 +24,11 @@ from controller.fleet.vpnkeys import VpnKeys, load_keys
 from controller.store.database import Database, Transaction, open_database
 from controller.store.migrate import migrate
 from controller.store.types import new_id
+from controller.tunnels import ending
 from controller.tunnels.addresses import Pool
-from controller.tunnels.ending import end_account, end_by_ids
 from controller.tunnels.peers import Peers
+from controller.usage import granting
 from controller.usage.book import Book
-from controller.usage.granting import rebalance
 from controller.usage.limits import Limits, Refresh
 from controller.usage.records import Records
 from controller.usage.sessions import Sessions
@@ -82,14 +82,14 @@ async def open_services(config: Config) -> AsyncIterator[Services]:
         access = Access(passwords, peers.refresh, tunnels=most_tunnels(settings.pools.ssh_ipv4))
         changes = PasswordChanges(passwords, [access])
         accounts = Accounts(database, passwords, session_life=timedelta(hours=config.login_hours), changes=changes)
-        administration = Administration(database, changes, [end_account, access.end_account])
+        administration = Administration(database, changes, [ending.end_account, access.end_account])
 
         async def refresh(tx: Transaction, user_id: str) -> None:
-            await rebalance(tx, user_id)
+            await granting.rebalance(tx, user_id)
             await access.refresh(tx, user_id)
 
         members = Members(database, accounts, administration, access, Limits(refresh))
-        fleet = Fleet(database, authority.pin, settings)
+        fleet = Fleet(database, authority.pin, settings, [ending.forget_node, granting.forget_node])
         yield Services(
             database, authority, settings, fleet, passwords, accounts, administration, members, peers, keys, refresh
         )
@@ -100,7 +100,7 @@ async def stored_sessions(database: Database) -> Sessions:
     book = Book(0, new_id)
     async with database.connect() as connection:
         await Records(database).load(connection, book, time.time())
-    return Sessions(database, book, end_by_ids)
+    return Sessions(database, book, ending.end_by_ids)
 
 
 def pool_of(config: Config) -> Pool:

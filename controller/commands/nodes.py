@@ -37,6 +37,8 @@ def register(commands: Commands) -> None:
         help="that it may offer (default: as it is, for a new host all)",
     )
     token.add_argument("--minutes", type=int, default=10, help="for how long the token is valid (default 10)")
+    delete = add(node, "delete", _delete, "delete a node that is disabled, with its connections")
+    delete.add_argument("name", metavar="NAME")
     add_output(add(node, "list", _list, "list the nodes and what they say"))
     status = add(node, "status", _status, "show a node, or take it in or out of service")
     status.add_argument("name", metavar="NAME")
@@ -105,6 +107,12 @@ async def _confirm(arguments: argparse.Namespace) -> None:
     async with services(arguments) as opened:
         await opened.fleet.confirm_snapshot(arguments.name)
     say(f"{arguments.name} will be sent the state that it refused, with your confirmation")
+
+
+async def _delete(arguments: argparse.Namespace) -> None:
+    async with services(arguments) as opened:
+        await opened.fleet.delete(arguments.name)
+    say(f"{arguments.name} is deleted; stop what still runs on its host")
 
 
 def _record(node: Node) -> dict[str, object]:

@@ -143,6 +143,13 @@ async def purge(tx: Transaction, scope: str, applied: int) -> int:
     return count
 
 
+async def forget(tx: Transaction, scope: str) -> None:
+    """Delete the scope: nobody runs it any more."""
+    await tx.session.flush()
+    for table in (DesiredRow, ScopeRow):
+        await tx.session.execute(sa.delete(table).where(table.scope == scope))
+
+
 # The scope's head and its changes in one statement, so that they belong together on every engine; a scope without
 # changes is one row whose `deleted` is NULL.
 _SINCE = (

@@ -19,6 +19,11 @@ async def enrolled(session: AsyncSession) -> int:
     )
 
 
+async def existing(connection: AsyncConnection, node_ids: Collection[str]) -> set[str]:
+    """Those of the nodes that were not deleted."""
+    return set(await ledgers(connection, node_ids))
+
+
 async def ledgers(connection: AsyncConnection, node_ids: Collection[str]) -> dict[str, str]:
     """The identity of each node's usage records, as its last Hello told; "" where it has none."""
     found: dict[str, str] = {}

@@ -63,6 +63,12 @@ class NodeNotFound(DomainError):
     message = "there is no node {name!r}"
 
 
+class NodeInService(DomainError):
+    kind = ErrorKind.CONFLICT
+    code = "node_in_service"
+    message = "the node {name!r} is {status}; disable it before it is deleted: its host has to be stopped first"
+
+
 class ServerNotFound(DomainError):
     """No server that this account may use."""
 

@@ -40,6 +40,12 @@ async def write_layer(tx: Transaction, protocol: Protocol, node_id: str, layer: 
         await _write_psk(tx, node_id, layer.settings.get("psk"))
 
 
+async def forget_node(tx: Transaction, node_id: str) -> None:
+    """Delete what was set for this node."""
+    await tx.session.execute(sa.delete(ProtocolRow).where(ProtocolRow.node_id == node_id))
+    await _write_psk(tx, node_id, None)
+
+
 async def _write_psk(tx: Transaction, node_id: str, psk: str | None) -> None:
     name = IPSEC_PSK if node_id == FLEET else f"{IPSEC_PSK}/{node_id}"
     if psk is None:

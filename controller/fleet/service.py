@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -15,9 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from controller.accounts.principal import Plan
 from controller.desired import service as desired
 from controller.fleet import servers, standing
-from controller.fleet.errors import NodeNotFound, NothingToConfirm
+from controller.fleet.errors import NodeInService, NodeNotFound, NothingToConfirm
 from controller.fleet.layers import FLEET, merged
-from controller.fleet.layerstore import read_layers, write_layer
+from controller.fleet.layerstore import forget_node, read_layers, write_layer
 from controller.fleet.nodes import INTERFACE, NodeSpec, NodeStatus
 from controller.fleet.offer import known_protocols
 from controller.fleet.settings import FleetSettings
@@ -29,6 +29,8 @@ from shared.desired import Kind, Protocol
 from shared.jointoken import JoinToken
 
 log = structlog.get_logger()
+
+ForgetNode = Callable[[Transaction, str], Awaitable[object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,15 @@ class Node:
 
 
 class Fleet:
-    def __init__(self, database: Database, ca_pin: bytes, settings: FleetSettings) -> None:
+    """`forget(tx, node_id)` of others: they end what is on a node that is deleted, and delete what they have of it."""
+
+    def __init__(
+        self, database: Database, ca_pin: bytes, settings: FleetSettings, forget: Sequence[ForgetNode] = ()
+    ) -> None:
         self._database = database
         self._ca_pin = ca_pin
         self._settings = settings
+        self._forget = forget
 
     async def issue_join_token(self, spec: NodeSpec, lifetime: timedelta | None = None) -> str:
         """Create the node, or change the one of that name to this, and return a token for its host."""
@@ -110,6 +117,22 @@ class Fleet:
             before, row.status = row.status, status
             tx.touch(Topic.NODES)
         log.info("fleet.node_status", node=name, before=before, after=status)
+
+    async def delete(self, name: str) -> None:
+        """Delete a node that is out of service, with all that is on it; raise NodeNotFound, NodeInService.
+
+        Its host is not reached any more: whatever still runs there goes on until somebody stops it.
+        """
+        async with self._database.transaction() as tx:
+            row = await _by_name(tx.session, name)
+            if row.enrolled_at is not None and NodeStatus(row.status).admitted:
+                raise NodeInService(name=name, status=row.status)
+            for forget in (*self._forget, forget_node):
+                await forget(tx, row.id)
+            await desired.forget(tx, desired.node_scope(row.id))
+            await tx.session.delete(row)
+            tx.touch(Topic.NODES)
+        log.info("fleet.node_deleted", node=name, node_id=row.id)
 
     async def confirm_snapshot(self, name: str) -> None:
         """Allow the removal that the node refused; the session that holds it sends the snapshot again, confirmed."""

@@ -14,7 +14,7 @@ from controller.desired import service as desired
 from controller.store.database import Database, Topic, Transaction
 from controller.store.types import now
 from controller.tunnels import allocation
-from controller.tunnels.tables import ConnectionRow
+from controller.tunnels.tables import AllocationRow, ConnectionRow, ReportMarkRow
 from shared.desired import Kind
 from shared.keys import encode_key
 from shared.resource import Protocol
@@ -62,6 +62,22 @@ async def end_account(tx: Transaction, user_id: str, reason: str) -> int:
     )
     ended = rows.all()
     await end(tx, ended, reason)
+    return len(ended)
+
+
+async def forget_node(tx: Transaction, node_id: str) -> int:
+    """End the connections to a node that is deleted, and delete them with those that have ended; how many lived."""
+    rows = await tx.session.scalars(
+        sa.select(ConnectionRow)
+        .where(ConnectionRow.node_id == node_id, ConnectionRow.ended_at.is_(None))
+        .order_by(ConnectionRow.id)
+        .with_for_update()
+    )
+    ended = rows.all()
+    await end(tx, ended, "node_deleted")
+    await tx.session.flush()
+    for table in (AllocationRow, ConnectionRow, ReportMarkRow):
+        await tx.session.execute(sa.delete(table).where(table.node_id == node_id))
     return len(ended)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -99,6 +99,19 @@ class Ledger:
             return
         if self._peers.get(entry.peer) is entry:
             del self._peers[entry.peer]
+
+    def nodes(self) -> set[str]:
+        return {entry.peer[0] for entry in self.entries.values()} | self.marks.keys()
+
+    def forget_nodes(self, node_ids: Collection[str]) -> None:
+        """They were deleted, with their connections."""
+        for entry in list(self.entries.values()):
+            if entry.peer[0] in node_ids:
+                self.drop(entry.id)
+                self.changed.pop(entry.id, None)
+        for node_id in node_ids:
+            self.marks.pop(node_id, None)
+        self.reporting.difference_update(node_ids)
 
     def record(self, node_id: str, report: Report, now: datetime) -> Recorded:
         self.reporting.add(node_id)

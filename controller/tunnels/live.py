@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from controller.access.owners import owners
 from controller.accounts import rows as accounts
+from controller.fleet import census
 from controller.store.database import Committed, Database, StoreUnavailable, Topic
 from controller.store.types import new_id
 from controller.store.types import now as utc_now
@@ -85,6 +86,7 @@ class LiveStates:
         self._hurry = asyncio.Event()
         self._flushing = asyncio.Lock()
         self._ends_moved = False
+        self._nodes_moved = True
         self._ends_seen = clock()
         self._failing = False
         self._states: tuple[datetime, Mapping[Status, int]] = (datetime.min.replace(tzinfo=UTC), {})
@@ -187,6 +189,8 @@ class LiveStates:
         self._hurry.clear()
         self.book.end_silent(self._clock().timestamp())
         try:
+            if self._nodes_moved:
+                await self._forget_deleted_nodes()
             while self._ledger.unknown or self.book.strange or self.book.calls:
                 await self._look_up()
                 await self._look_up_sessions()
@@ -211,6 +215,8 @@ class LiveStates:
         if Topic.CONNECTIONS in committed.topics:
             self._ends_moved = True
             self._hurry.set()
+        if Topic.NODES in committed.topics:
+            self._nodes_moved = True
 
     def _is_live(self, entry: Entry) -> bool | None:
         return None if entry.protocol == Protocol.WIREGUARD else bool(self.book.of_connection(entry.id))
@@ -314,6 +320,19 @@ class LiveStates:
         users = batch.users()
         async with self._database.connect() as connection:
             self.book.forget_users(users - await accounts.existing(connection, users))
+
+    async def _forget_deleted_nodes(self) -> None:
+        known = self._ledger.nodes() | self.book.nodes()
+        self._nodes_moved = False
+        try:
+            async with self._database.connect() as connection:
+                gone = known - await census.existing(connection, known)
+        except StoreUnavailable:
+            self._nodes_moved = True
+            raise
+        if gone:
+            self._ledger.forget_nodes(gone)
+            self.book.end_nodes(gone, int(self._clock().timestamp()), "node_deleted")
 
     async def _write(self) -> None:
         changed, self._ledger.changed = self._ledger.changed, {}

@@ -193,6 +193,18 @@ class Book:
                 self._drop(entry)
         self._batch = self._batch.without(user_ids)
 
+    def end_nodes(self, node_ids: Collection[str], moment: int, reason: str) -> None:
+        """Nobody will ever tell of their sessions again."""
+        for node_id in node_ids:
+            for entry in list(self.of_node(node_id)):
+                self.end(entry, moment, reason)
+            self.strange.pop(node_id, None)
+            self.calls.pop(node_id, None)
+
+    def nodes(self) -> set[str]:
+        """Those with live sessions."""
+        return set(self._nodes)
+
     def take(self) -> Batch:
         """What changed since the last call; `put_back` where it could not be written."""
         taken, self._batch = self._batch, Batch()

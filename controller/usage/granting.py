@@ -247,6 +247,11 @@ _LOWERED = sa.select(LeaseRow.user_id, LeaseRow.allowance).where(
 )
 
 
+async def forget_node(tx: Transaction, node_id: str) -> None:
+    """Give back what a node that is deleted was allowed."""
+    await tx.session.execute(sa.delete(LeaseRow).where(LeaseRow.node_id == node_id))
+
+
 async def rebalance(tx: Transaction, user_id: str, most: int = leases.MOST) -> None:
     """The quota changed or began anew. One that is gone leaves no leases."""
     rows = await _rows(tx, user_id)

@@ -356,6 +356,15 @@ async def test_role_and_plan_are_changed_and_one_administrator_stays(desk: Desk)
     ]
 
 
+async def test_a_node_is_deleted_once_it_is_out_of_service(desk: Desk) -> None:
+    place = ("--country", "DE", "--city", "Frankfurt")
+    await desk.types("node", "token", "--name", "fra1", *place)
+    await desk.types("node", "token", "--name", "fra2", *place)
+    assert await desk.types("node", "delete", "fra1") == "fra1 is deleted; stop what still runs on its host\n"
+    assert [node["name"] for node in await desk.asks("node", "list")] == ["fra2"]
+    assert "fra1" in await desk.fails("node", "delete", "fra1")
+
+
 async def test_nodes_are_told_as_json_too(desk: Desk) -> None:
     await desk.types("node", "token", "--name", "fra1", "--country", "DE", "--city", "Frankfurt")
     (listed,) = await desk.asks("node", "list")
