@@ -215,6 +215,7 @@ class OpenVpnRig:
 
     asks = True
     dco = False
+    transport = "udp"  # of its clients, unless they ask for another
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -292,7 +293,7 @@ class OpenVpnRig:
         login: dict[str, Any] = {"username": username, "password": "wrong" if wrong else PASSWORD}
         if by_certificate(username):
             login = {"material": self.authority.client(username) if wrong else self.material(username)}
-        made = Client(self.far, self.directory, self.authority, **{**login, **options})
+        made = Client(self.far, self.directory, self.authority, **{"transport": self.transport, **login, **options})
         self._clients.append(made)
         return made
 
@@ -302,7 +303,10 @@ def by_certificate(username: str) -> bool:
 
 
 class OpenVpnUnitsRig(OpenVpnRig):
-    """The same, but the processes are systemd's: its own program for sockets starts one for each connection."""
+    """The same, but the processes are systemd's: its own program for sockets starts one for each connection. Clients
+    come by TCP."""
+
+    transport = "tcp"
 
     def __enter__(self) -> Self:
         super().__enter__()
