@@ -34,6 +34,7 @@ from shared.protocol import Report
 from shared.resource import Protocol
 
 FLUSH_INTERVAL = 2.0  # seconds
+LAST_FLUSH = 10.0  # seconds that the end waits for it
 # Seconds after something that somebody waits for: a session began or ended, an allowance is being used up. A node
 # tells the last counters of a peer that it removes within that time: they still count.
 _HURRY = 0.25
@@ -127,7 +128,10 @@ class LiveStates:
                 self._ledger.marks[row.node_id] = Mark(row.boot_id, row.sequence, row.former_boot_ids.split())
 
     async def run(self) -> None:
-        """Write what changed every few seconds, and at the end."""
+        """Write what changed every few seconds, and at the end.
+
+        A database that cannot be written then does not hold up the end: what is not acknowledged is reported again.
+        """
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
@@ -136,7 +140,9 @@ class LiveStates:
                         await asyncio.sleep(_HURRY)
                 await self.flush()
         finally:
-            await self.flush()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_FLUSH):
+                    await self.flush()
 
     def record(self, node_id: str, report: Report) -> None:
         """Count a report. A repeated or late one, and unknown peers, change nothing."""

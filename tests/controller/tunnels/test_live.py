@@ -95,6 +95,26 @@ async def test_the_last_counts_are_written_at_the_end(world: Any, made: Connecti
     assert await stored(world, made) == (10, 20)
 
 
+async def test_a_writer_that_does_not_end_holds_up_no_stop_and_loses_no_count(
+    world: Any, made: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controller.tunnels.live.LAST_FLUSH", 0.05)
+    live = world.new_live(interval=3600)
+    await live.load()
+    stored: list[int] = []
+    live.on_stored(lambda _node_id, sequence: stored.append(sequence))
+    task = asyncio.create_task(live.run())
+    await asyncio.sleep(0)
+    world.report(made.public_key, 5, 6, world.ago(), live=live)
+    async with world.database.transaction():
+        task.cancel()
+        await asyncio.wait({task}, timeout=10)
+        assert task.done()
+        assert stored == []  # so the node tells it again
+    await live.flush()
+    assert stored == [world.sequence]
+
+
 async def test_a_new_process_goes_on_where_the_last_one_stopped(world: Any, made: Connection) -> None:
     world.report(made.public_key, 10, 20, world.ago())
     await world.live.flush()
