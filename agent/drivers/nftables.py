@@ -12,6 +12,7 @@ from pathlib import Path
 
 from agent.drivers import commands
 from agent.drivers.base import DriverError, Tunnels
+from agent.drivers.netlink.netfilter import Generations
 from agent.drivers.ruleset import TABLE, render
 from shared.desired import Interface
 
@@ -25,9 +26,27 @@ class Nftables:
     def __init__(self, program: str = "nft", sysctls: Path = _SYSCTLS) -> None:
         self._program = program
         self._sysctls = sysctls
+        self._generations = Generations()
+        self._observed: tuple[bytes, str | None] | None = None  # in which generation, and what
 
     async def observe(self) -> str | None:
-        """A hash of the rules as the host lists them: the one read after `apply`, unless somebody changed them."""
+        """A hash of the rules as the host lists them: the one read after `apply`, unless somebody changed them.
+
+        They are listed only where a rule of the host, of whichever table, has changed since the last time.
+        """
+        generation = await self._generations.current()
+        if self._observed is None or self._observed[0] != generation:
+            self._observed = generation, await self._list()
+        return self._observed[1]
+
+    async def apply(self, interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> None:
+        await commands.run([self._program, "-f", "-"], stdin=render(interfaces, tunnels))
+        await asyncio.to_thread(enable_forwarding, self._sysctls, _versions(interfaces, tunnels))
+
+    async def close(self) -> None:
+        self._generations.close()
+
+    async def _list(self) -> str | None:
         try:
             listing = await commands.run([self._program, "-j", "list", "table", *TABLE.split()])
         except DriverError as error:
@@ -35,13 +54,6 @@ class Nftables:
                 return None
             raise
         return fingerprint(listing)
-
-    async def apply(self, interfaces: Sequence[Interface], tunnels: Sequence[Tunnels] = ()) -> None:
-        await commands.run([self._program, "-f", "-"], stdin=render(interfaces, tunnels))
-        await asyncio.to_thread(enable_forwarding, self._sysctls, _versions(interfaces, tunnels))
-
-    async def close(self) -> None:
-        """Nothing is held open."""
 
 
 def fingerprint(listing: str) -> str:

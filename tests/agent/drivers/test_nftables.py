@@ -60,6 +60,28 @@ async def test_a_change_by_hand_is_noticed_and_undone(host: Namespace, change: t
     assert await firewall.observe() == loaded
 
 
+async def test_rules_are_listed_anew_only_after_a_change_of_any_table(host: Namespace, tmp_path: Path) -> None:
+    calls, program = tmp_path / "calls", tmp_path / "nft"
+    program.write_text(f'#!/bin/sh\necho "$*" >>{calls}\nexec nft "$@"\n')
+    program.chmod(0o755)
+    firewall = Nftables(str(program))
+    await firewall.apply([WG0])
+    loaded = await firewall.observe()
+
+    def listings() -> int:
+        return calls.read_text().count("list table")
+
+    assert [await firewall.observe() for _ in range(3)] == [loaded] * 3
+    assert listings() == 1
+    host.run("nft", "add", "table", "inet", "theirs")
+    assert [await firewall.observe() for _ in range(2)] == [loaded] * 2
+    assert listings() == 2
+    host.run("nft", "flush", "ruleset")
+    assert [await firewall.observe() for _ in range(2)] == [None, None]
+    assert listings() == 3
+    await firewall.close()
+
+
 async def test_other_tables_are_left_alone(host: Namespace) -> None:
     host.run("nft", "-f", "-", stdin="table inet theirs { chain forward { type filter hook forward priority 0; }; }")
     firewall = Nftables()
