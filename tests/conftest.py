@@ -24,6 +24,11 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Hosts and their programs first, which take long and mostly wait: what only computes fills the gaps at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("netns") is None)
+
+
 @pytest.fixture
 def secret_key() -> bytes:
     return os.urandom(32)
