@@ -44,7 +44,7 @@ check: $(VENV)/.installed ## format, lint, types
 pytest: install
 	@$(SYSTEM) $(TEST_PACKAGES)
 	@tests/systemd/setup $(RUNTIME_PACKAGES) $(PROTOCOL_PACKAGES)
-	@SKYNETVPN_POSTGRESQL_TESTS=1 $(PYTHON) -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder -m "not kernel"
+	@SKYNETVPN_POSTGRESQL_TESTS=1 $(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not kernel"
 
 test-kernel: install ## the tests that need WireGuard and L2TP in the kernel, in virtual machines
 	@$(SYSTEM) $(TEST_PACKAGES)
@@ -56,7 +56,7 @@ test-kernel: install ## the tests that need WireGuard and L2TP in the kernel, in
 # One CPU each, and side by side: two CPUs of one guest cost twice the work. Each plugin more is seconds of imports there.
 KERNEL_TEST_FILES = $(shell sed -n 's/::.*//p' .cache/kernel-tests | sort -u)
 IN_GUEST := tests/vm/run -t 1800 -c 1 -- env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PYTHON) -m pytest -q -m kernel \
-    -p pytest_asyncio -p pytest_timeout -o timeout=600
+    -p pytest_asyncio.plugin -p pytest_timeout -o timeout=600
 
 kernel-conformance:
 	@$(IN_GUEST) $(filter tests/conformance/%,$(KERNEL_TEST_FILES))

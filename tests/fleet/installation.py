@@ -334,6 +334,16 @@ class Installation:
     def nodes(self) -> str:
         return self.command("node", "list")
 
+    def wait_told(self, words: str, *, now: bool = True) -> None:
+        """Until the operator is told of it, or no longer; a command for each look would take long."""
+
+        def told() -> bool:
+            (problems,) = self.stored("SELECT coalesce(group_concat(problem), '') FROM applied")
+            return (words in problems) == now
+
+        self.wait(told, f"the operator is {'not' if now else 'still'} told {words!r}")
+        assert (words in self.nodes()) == now
+
     def metric(self, name: str, **labels: str) -> float:
         """One of the controller's samples; 0 where it has none."""
         return _sample(self.call("GET", "/metrics").body.decode(), name, labels)

@@ -45,6 +45,7 @@ class Serving:
         self._cli = (f"XDG_CONFIG_HOME={directory}/config", f"XDG_STATE_HOME={directory}/state", script("skynetvpn"))
         self._protocols = protocols
         self._clients: list[subprocess.Popen[Any]] = []
+        self._connected = False
         self.fleet.start_controller()
         self.start_agent()
         self.fleet.log_in()
@@ -102,7 +103,7 @@ class Serving:
         return self.fleet.controller.run("env", *self._cli, *argv, stdin=stdin, timeout=120)
 
     def connect(self, protocol: str) -> dict[str, Any]:
-        name = self.fleet.client.namespace.name
+        name, self._connected = self.fleet.client.namespace.name, True
         found: dict[str, Any] = json.loads(self.cli("connect", "--protocol", protocol, "--netns", name, "-o", "json"))
         assert found["status"] == "connected", found
         return found
@@ -117,7 +118,23 @@ class Serving:
         self._clients.append(client)
         return client
 
+    def ssh_until_on(self, name: str, password: str = PASSWORD) -> None:
+        """As a person tries again, where a change has to reach the node first."""
+        client = self.ssh(name, password)
+
+        def on() -> bool:
+            nonlocal client
+            if client.poll() is not None:
+                client = self.ssh(name, password)
+            return self.on(name) == ["ssh"]
+
+        self.fleet.wait(on, f"{name} is not let in")
+
     def end_clients(self) -> None:
+        """Whatever a test has brought up."""
+        if self._connected:
+            self.cli("disconnect")
+            self._connected = False
         for client in self._clients:
             self.fleet.client.namespace.end(client)
         self._clients.clear()

@@ -129,12 +129,12 @@ def test_old_server_waits_for_the_operator_where_the_node_has_another_interface(
     with old.client() as client, client.stream(INTERNET) as stream:
         handshake, index = client.transfer().handshake, old.index()
         old.join()
-        fleet.wait(lambda: "--interface wg0 --port 51820" in fleet.nodes(), "the node does not say what to do")
+        fleet.wait_told("--interface wg0 --port 51820")
         assert fleet.node.run("ls", "/sys/class/net").split().count("sky0") == 0
         undisturbed(client, stream, handshake)
         fleet.command("node", "token", *PLACE, "--interface", "wg0", "--port", "51820")
         fleet.wait_online()
-        fleet.wait(lambda: "not applied" not in fleet.nodes(), "the node does not take the interface")
+        fleet.wait_told("not applied", now=False)
         with fleet.tunnel(fleet.connect()):
             undisturbed(client, stream, handshake)
         assert old.index() == index

@@ -43,7 +43,6 @@ def serving(template: Template, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.fixture(autouse=True)
 def nobody_stays(serving: Serving) -> Iterator[None]:
     yield
-    serving.cli("disconnect")
     serving.end_clients()
 
 
@@ -87,8 +86,7 @@ def test_the_accounts_own_name_and_password_let_in_by_ssh_until_they_do_not(serv
     serving.ended(serving.ssh("dana"))
     serving.admin("PUT", path, {"active": True, "password": "another good one"})
     serving.ended(serving.ssh("dana"))  # the old password
-    serving.ssh("dana", "another good one")
-    serving.wait_on("dana", ["ssh"])
+    serving.ssh_until_on("dana", "another good one")
 
 
 def test_a_quota_of_ten_megabytes_lets_at_most_one_slice_more_pass(serving: Serving) -> None:
@@ -104,8 +102,7 @@ def test_a_quota_of_ten_megabytes_lets_at_most_one_slice_more_pass(serving: Serv
     serving.ended(serving.ssh("erin"))
     assert serving.used(path) >= 10 * MEGABYTE
     serving.admin("PUT", path, {"quota_bytes": 50 * MEGABYTE})
-    serving.ssh("erin")
-    serving.wait_on("erin", ["ssh"])
+    serving.ssh_until_on("erin")
     assert serving.by_proxy(5 * MEGABYTE, seconds=60) == 5 * MEGABYTE
 
 

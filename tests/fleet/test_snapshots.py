@@ -84,7 +84,7 @@ def refused(fleet: Installation, words: str) -> None:
     fleet.start_controller()
     fleet.wait_online()
     fleet.wait(lambda: fleet.metric("skynetvpn_node_refused_snapshots_total", node="fra1") >= 1, "nothing is refused")
-    fleet.wait(lambda: words in fleet.nodes(), f"the operator is not told {words!r}")
+    fleet.wait_told(words)
     assert "channel.snapshot_refused" in fleet.controller_log.read_text()
     assert len(fleet.peers()) == CONNECTIONS
 
@@ -100,7 +100,7 @@ def test_poisoned_snapshot_changes_nothing_until_an_operator_confirms_it(
     assert stream.lost() == set()
     fleet.command("node", "confirm", "fra1")
     fleet.wait(lambda: fleet.peers() == {}, "the confirmed snapshot is not applied")
-    fleet.wait(lambda: "would remove" not in fleet.nodes(), "the refusal is still listed")
+    fleet.wait_told("would remove", now=False)
 
 
 def test_empty_database_of_the_same_authority_takes_nothing_from_the_node(
@@ -134,7 +134,7 @@ def test_older_copy_of_the_database_undoes_nothing_until_an_operator_confirms_it
     put(fleet, genuine)
     fleet.start_controller()
     fleet.wait_online()
-    fleet.wait(lambda: "is older than" in fleet.nodes(), "the operator is not told")
+    fleet.wait_told("is older than")
     assert later.public_key in fleet.peers()
     assert tunnel.reaches(INTERNET)
     fleet.command("node", "confirm", "fra1")
