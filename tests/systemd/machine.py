@@ -41,8 +41,10 @@ exec systemd-nspawn "$@"
 
 
 class Machine:
-    def __init__(self) -> None:
+    def __init__(self, *, empty: bool = False) -> None:
+        """An empty one has nothing of the project."""
         self.network = Namespace("machine")
+        self._parts = () if empty else _PARTS
         self.leader = 0
         self._console = tempfile.TemporaryFile("w+")  # noqa: SIM115 — closed with the machine
         self._nspawn: subprocess.Popen[Any] | None = None
@@ -56,7 +58,7 @@ class Machine:
     def boot(self) -> None:
         name = self.network.name
         group = _cgroups() / name
-        bound = [f"--bind-ro={PROJECT / part}:{HOME / part}" for part in _PARTS]
+        bound = [f"--bind-ro={PROJECT / part}:{HOME / part}" for part in self._parts]
         bound += [f"--bind={device}" for device in _DEVICES if Path(device).exists()]
         options = (
             *(f"--directory={ROOT}", "--volatile=overlay", f"--machine={name}", "--boot", "--quiet"),
@@ -73,6 +75,8 @@ class Machine:
             stderr=subprocess.STDOUT,
         )
         self.wait(self._booted, "the machine does not boot")
+        if not self._parts:
+            self.run("rm", "-r", str(HOME))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -140,7 +144,14 @@ class Machine:
         return self.run("systemctl", "is-system-running", check=False).strip() in ("running", "degraded")
 
     def _inside(self) -> tuple[str, ...]:
-        environment = ("env", "-i", f"--chdir={HOME}", f"PATH={_PATH}", "HOME=/root", "LC_ALL=C.UTF-8")
+        environment = (
+            "env",
+            "-i",
+            f"--chdir={HOME if self._parts else '/'}",
+            f"PATH={_PATH}",
+            "HOME=/root",
+            "LC_ALL=C.UTF-8",
+        )
         return ("nsenter", f"--target={self.leader}", "--all", *environment)
 
 
