@@ -29,11 +29,12 @@ class Server(msgspec.Struct, frozen=True):
             case "failed":
                 return f"FAILED: {self.problem}"
             case _:
-                return "still starting"
+                return f"NOT YET: {self.problem}" if self.problem else "still starting"
 
 
 class _Node(msgspec.Struct, frozen=True):
     servers: dict[str, Server]
+    problem: str | None = None
 
 
 def online(metrics: str) -> bool:
@@ -50,10 +51,12 @@ def tried(metrics: str, protocols: Collection[Protocol]) -> bool:
 def servers_of(answer: str, protocols: Collection[Protocol]) -> dict[str, Server]:
     """What `skynetvpn-controller node status -o json` says of the protocols."""
     try:
-        told = msgspec.json.decode(answer, type=_Node).servers
+        node = msgspec.json.decode(answer, type=_Node)
     except msgspec.MsgspecError as error:
         raise Failure(f"skynetvpn-controller node status answered something else than it does: {error}") from error
-    return {protocol: told.get(protocol, Server("applying")) for protocol in protocols}
+    later = Server("applying", node.problem)  # it may have refused the state that has the server
+    told = {protocol: node.servers.get(protocol, later) for protocol in protocols}
+    return {protocol: later if server.status == later.status else server for protocol, server in told.items()}
 
 
 def whole(servers: Mapping[str, Server]) -> bool:

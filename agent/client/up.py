@@ -32,6 +32,7 @@ from shared.resource import Protocol
 _LISTEN, _NODE_LISTEN = "127.0.0.1:8080", "127.0.0.1:8443"
 _ADMIN = "admin"
 _NODE = "local"
+_INTERFACE = "sky0"
 _START_SECONDS = 30.0
 _SETTLE_SECONDS = 20.0
 _STEADY_SECONDS = 4.0  # that a failure lasts before it is told: a server may wait for its certificate at first
@@ -153,6 +154,7 @@ class Installation:
         listen, node_listen = self._arguments.listen or _LISTEN, self._arguments.node_listen or _NODE_LISTEN
         _check_free(listen, "--listen")
         _check_free(node_listen, "--node-listen")
+        _check_no_other()
         directory = str(self._settings.parent)
         await self._controller("init", "--dir", directory, "--listen", listen, "--node-listen", node_listen)
 
@@ -312,6 +314,15 @@ def _check_free(address: str, option: str) -> None:
         raise Misuse(f"{option}: {error}") from error
     except OSError as error:
         raise Failure(f"cannot listen on {address}: {error.strerror}; choose another address with {option}") from error
+
+
+def _check_no_other() -> None:
+    """A new node would take over the interface of another installation, with other keys and other peers."""
+    if _INTERFACE in {name for _, name in socket.if_nameindex()}:
+        raise Failure(
+            f"this machine has an interface {_INTERFACE} already, of another installation: go on with the --dir of "
+            f"that one, or take it down first. {_TAKE_DOWN}"
+        )
 
 
 def _own_address() -> str:

@@ -52,3 +52,9 @@ def test_the_controllers_answer_is_read_for_the_protocols_that_are_served() -> N
     assert Server("failed", "no").words == "FAILED: no"
     with pytest.raises(Failure):
         servers_of("[]", BOTH)
+
+
+def test_what_keeps_the_node_from_a_server_is_told() -> None:
+    waiting = '{"problem": "it would remove 15 of 15 peers", "servers": {"wireguard": {"status": "applying"}}}'
+    assert servers_of(waiting, BOTH)["wireguard"].words == "NOT YET: it would remove 15 of 15 peers"
+    assert servers_of('{"servers": {}}', BOTH)["wireguard"].words == "still starting"

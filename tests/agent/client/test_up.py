@@ -100,6 +100,17 @@ def test_a_taken_port_is_told_before_anything_is_made(machine: Host, tmp_path: P
         assert not (tmp_path / "up" / "controller").exists()
 
 
+def test_a_second_installation_does_not_take_over_the_first_ones_interface(
+    machine: Host, tmp_path: Path, first: dict[str, Any]
+) -> None:
+    before = machine.run("wg", "show", "sky0", "public-key")
+    up = Up(machine, tmp_path)
+    assert up.process.wait(STARTED) == 1
+    assert "an interface sky0 already, of another installation" in up.words()
+    assert not (tmp_path / "up" / "controller").exists()
+    assert machine.run("wg", "show", "sky0", "public-key") == before
+
+
 def test_a_taken_port_is_told_in_the_controllers_words(machine: Host, home: Path, first: dict[str, Any]) -> None:
     with taken(machine, 8080):
         up = Up(machine, home)
