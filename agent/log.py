@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TextIO, cast
 
 import structlog
+
+from shared.logstream import LogStream
 
 
 def configure(level: str) -> None:
@@ -17,6 +20,6 @@ def configure(level: str) -> None:
             structlog.processors.JSONRenderer(default=str),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, LogStream(sys.stderr.buffer))),
         cache_logger_on_first_use=False,
     )

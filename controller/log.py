@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from contextvars import ContextVar
+from typing import BinaryIO, cast
 
 import orjson
 import structlog
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, WrappedLogger
+
+from shared.logstream import LogStream
 
 request_id_var: ContextVar[str] = ContextVar("request_id")
 """Of the request that is being answered; every event that is logged meanwhile tells it."""
@@ -18,6 +21,7 @@ request_id_var: ContextVar[str] = ContextVar("request_id")
 def configure(level: str) -> None:
     """Set the process's logging up; `level` is debug, info, warning or error."""
     number = logging.getLevelNamesMapping()[level.upper()]
+    stream = LogStream(sys.stderr.buffer)
     structlog.configure(
         processors=[
             add_request_id,
@@ -27,11 +31,11 @@ def configure(level: str) -> None:
             structlog.processors.JSONRenderer(serializer=orjson.dumps, default=str),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
+        logger_factory=structlog.BytesLoggerFactory(cast(BinaryIO, stream)),
         cache_logger_on_first_use=True,
     )
     # Libraries that use the standard logging speak in the same form, warnings and worse only.
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(
         ProcessorFormatter(
             foreign_pre_chain=[

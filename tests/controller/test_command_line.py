@@ -13,11 +13,11 @@ import shutil
 import socket
 import stat
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest.mock import patch
 
 import aiohttp
@@ -185,6 +185,38 @@ async def running(directory: Path) -> AsyncIterator[str]:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+@pytest.fixture
+def full() -> Iterator[BinaryIO]:
+    with Path("/dev/full").open("wb") as file:
+        yield file
+
+
+async def test_a_full_disk_under_its_log_does_not_end_it(directory: Path, full: BinaryIO) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "controller", "run", "--config", str(directory / "controller.yaml"), stderr=full
+    )
+    try:
+        async with aiohttp.ClientSession("http://" + settings_of(directory)["listen"]) as session, asyncio.timeout(30):
+            for _ in range(3):  # a line of the access log each
+                while not await _answers(session):
+                    assert process.returncode is None
+                    await asyncio.sleep(0.05)
+        process.terminate()
+        assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def _answers(session: aiohttp.ClientSession) -> bool:
+    try:
+        async with session.get("/api/servers") as answer:
+            return answer.status == 401
+    except aiohttp.ClientError:
+        return False
 
 
 def open_to_others(directory: Path) -> list[Path]:

@@ -8,6 +8,8 @@ from typing import BinaryIO
 
 import orjson
 
+from shared.logstream import LogStream
+
 _DELAY = 0.05  # seconds that a line may wait for others
 _FULL = 64 * 1024  # bytes that do not wait
 
@@ -16,7 +18,7 @@ class AccessLog:
     """The general logger costs more than most requests do; this one renders a dictionary and joins what is due."""
 
     def __init__(self, output: BinaryIO, *, enabled: bool = True) -> None:
-        self._output = output
+        self._output = LogStream(output)
         self._enabled = enabled
         self._lines: list[bytes] = []
         self._size = 0
@@ -48,4 +50,3 @@ class AccessLog:
         lines, self._lines, self._size = self._lines, [], 0
         if lines:
             self._output.write(b"".join(lines))
-            self._output.flush()
