@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
@@ -50,11 +51,14 @@ async def connect(arguments: argparse.Namespace, profile: Profile) -> int:
         raise Misuse(f"there is no network namespace {arguments.netns!r}: ip netns add {arguments.netns}")
     progress = Progress()
     try:
-        async with open_api(session) as api:
+        async with open_api(session) as api, AsyncExitStack() as turn:
             progress.show(f"asking {session.url} for the servers")
             server = await choose_server(api, arguments.server or arguments.server_option)
+            await turn.enter_async_context(
+                profile.alone(lambda: progress.show("waiting: another skynetvpn connect brings a tunnel up"))
+            )
             await _clear_leftovers(api, profile, server, arguments.protocol)
-            summary = await _connect(arguments, profile, api, server, progress)
+            summary = await _connect(arguments, profile, api, server, progress, turn)
     finally:
         progress.done()
     if summary.status != _CONNECTED:
@@ -130,8 +134,14 @@ async def _clear_leftovers(api: Api, profile: Profile, server: Server, protocol:
 
 
 async def _connect(
-    arguments: argparse.Namespace, profile: Profile, api: Api, server: Server, progress: Progress
+    arguments: argparse.Namespace,
+    profile: Profile,
+    api: Api,
+    server: Server,
+    progress: Progress,
+    turn: AsyncExitStack,
 ) -> Summary:
+    """Closes `turn` as soon as the tunnel can be seen by others: the wait for the handshake may be long."""
     protocol: str = arguments.protocol
     public_key = None
     if protocol == Protocol.WIREGUARD:
@@ -164,6 +174,7 @@ async def _connect(
         save(local)
         progress.show(f"bringing up {interface}")
         local = await by.up(local, api, routes=not arguments.no_routes, save=save)
+        await turn.aclose()
         connection = await _wait(api, local, connection, progress, started + arguments.timeout)
         latency = await by.latency(local)
     except BaseException as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -14,6 +17,7 @@ from agent.client.errors import Failure, NotLoggedIn
 from shared.keys import InvalidKey, PrivateKey
 
 _PROGRAM = "skynetvpn"
+_POLL_SECONDS = 0.1
 
 T = TypeVar("T")
 
@@ -97,6 +101,23 @@ class Profile:
     def save_tunnel(self, tunnel: LocalTunnel) -> None:
         _write(self._tunnel_path(tunnel.connection_id), tunnel)
 
+    @contextlib.asynccontextmanager
+    async def alone(self, waiting: Callable[[], None]) -> AsyncIterator[None]:
+        """One process at a time brings a tunnel up: another one would take its name, or clear it away as a leftover.
+
+        `waiting` is called while another process has the turn, which ends with that process at the latest.
+        """
+        directory = self.state / "tunnels"
+        files.make_private_directory(directory)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            while not _locked(descriptor):
+                waiting()
+                await asyncio.sleep(_POLL_SECONDS)
+            yield
+        finally:
+            os.close(descriptor)
+
     def forget_tunnel(self, connection_id: str) -> None:
         self._tunnel_path(connection_id).unlink(missing_ok=True)
 
@@ -122,6 +143,14 @@ def _file_name(id: str) -> str:
     if not id or not all(letter.isalnum() or letter in "-_" for letter in id):
         raise Failure(f"the controller sent the id {id!r}, which is none")
     return id
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read(path: Path, type_: type[T]) -> T:

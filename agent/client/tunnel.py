@@ -90,6 +90,7 @@ async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[Loca
     config = await api.tunnel_config(local.connection_id)
     server = await _server(config, local.interface)
     local = msgspec.structs.replace(local, addresses=config.addresses, endpoint=join(*server.endpoint))
+    await check_free(local.interface, local.netns)  # before `save`: what is noted with an endpoint is taken down
 
     async def bring_up() -> str:
         driver = await choose(Backend(local.backend))

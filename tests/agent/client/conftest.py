@@ -24,7 +24,8 @@ PASSWORD = "correct horse"
 
 @dataclass
 class FakeController:
-    """Speaks the documented bodies. `answers` replaces an operation's answer; `requests` has what came in."""
+    """Speaks the documented bodies. `answers` replaces an operation's answer, an event in `held` keeps it back;
+    `requests` has what came in."""
 
     url: str = ""
     servers: list[dict[str, Any]] = field(default_factory=list)
@@ -32,6 +33,7 @@ class FakeController:
     config: dict[str, Any] = field(default_factory=dict)
     conf: str = ""
     answers: dict[str, Callable[[], web.StreamResponse]] = field(default_factory=dict)
+    held: dict[str, asyncio.Event] = field(default_factory=dict)
     requests: list[tuple[str, dict[str, Any] | None]] = field(default_factory=list)
 
     def seen(self, operation: str) -> list[dict[str, Any] | None]:
@@ -61,6 +63,8 @@ class FakeController:
         async def handle(request: web.Request) -> web.StreamResponse:
             body = await request.json() if request.can_read_body else None
             self.requests.append((operation, body))
+            if operation in self.held:
+                await self.held[operation].wait()
             if operation in self.answers:
                 return self.answers[operation]()
             if operation != "POST /auth/login" and request.headers.get("Authorization") != f"Bearer {TOKEN}":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,45 @@ async def test_interrupting_connect_leaves_nothing(
 
 
 @pytest.mark.netns
+async def test_the_second_of_two_at_a_time_waits_and_leaves_the_first_alone(
+    logged_in: Cli, controller: FakeController, place: Namespace
+) -> None:
+    controller.servers = [server("s1", name="fra1")]
+    opened = controller.held["POST /connections"] = asyncio.Event()
+    # In another namespace each of them would find the same name free as well.
+    async with connecting("--netns", place.name) as first:
+        await first.says("opening a connection")
+        async with connecting("--netns", place.name) as second:
+            await second.says("another skynetvpn connect")
+            opened.set()
+            await first.says("waiting for the handshake")
+            assert await second.process.wait() == 1
+            assert "connected to fra1 already by skyvpn" in await second.rest()
+        (local,) = Profile.of_user().tunnels()
+        assert first.process.returncode is None
+        assert local.interface in place.run("ip", "-o", "link")
+        assert len(controller.connections) == len(controller.seen("POST /connections")) == 1
+
+
+@pytest.mark.netns
+async def test_an_interface_that_another_program_has_made_meanwhile_stays(
+    logged_in: Cli, controller: FakeController, place: Namespace, interface: str
+) -> None:
+    controller.servers = [server("s1", name="fra1")]
+    asked = controller.held["GET /connections/{id}/config"] = asyncio.Event()
+    async with connecting("--netns", place.name, "--interface", interface) as client:
+        await client.says("bringing up")
+        place.run("ip", "link", "add", interface, "type", "veth", "peer", unique("peer"))
+        asked.set()
+        assert await client.process.wait() == 2
+        assert f"an interface {interface} is there already" in await client.rest()
+
+    assert interface in place.run("ip", "-o", "link")
+    assert controller.connections == []
+    assert Profile.of_user().tunnels() == []
+
+
+@pytest.mark.netns
 async def test_disconnect_takes_the_tunnel_down_also_when_the_controller_is_away(
     logged_in: Cli, controller: FakeController, place: Namespace, interface: str
 ) -> None:
@@ -213,6 +253,34 @@ async def test_disconnect_without_a_tunnel_is_done_already(logged_in: Cli, contr
 
     assert outcome.status == 0 and "no tunnel of this machine is up" in outcome.err
     assert controller.requests == []
+
+
+class Connecting:
+    """A `connect` that runs in a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process, stderr: asyncio.StreamReader) -> None:
+        self.process, self._stderr = process, stderr
+
+    async def says(self, words: str) -> None:
+        async with asyncio.timeout(30):
+            while words not in (line := (await self._stderr.readline()).decode()):
+                assert line, f"it ended and did not say {words!r}"
+
+    async def rest(self) -> str:
+        return (await self._stderr.read()).decode()
+
+
+@contextlib.asynccontextmanager
+async def connecting(*arguments: str) -> AsyncIterator[Connecting]:
+    argv = (sys.executable, "-m", "agent.client", "connect", "--backend", "userspace", *arguments)
+    process = await asyncio.create_subprocess_exec(*argv, stderr=asyncio.subprocess.PIPE, env=os.environ)
+    assert process.stderr is not None
+    try:
+        yield Connecting(process, process.stderr)
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGINT)
+        await process.communicate()
 
 
 def resolver_file(place: Namespace) -> Path:
