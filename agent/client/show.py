@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -95,16 +97,18 @@ async def config(arguments: argparse.Namespace, profile: Profile) -> int:
         raise Misuse("--with-key is for a tunnel of this machine, --new for another device")
     if format == _BINARY and arguments.file is None and sys.stdout.isatty():
         raise Misuse("png is no text: name a file with --file")
-    async with open_api(profile.require_session()) as api:
-        id = await _new_connection(api, arguments) if arguments.new else arguments.id
-        data = await api.config(id or await _only_connection(api, profile), format)
-    if arguments.with_key:
-        data = _with_key(data.decode(), profile, arguments.id).encode()
     if arguments.file is not None:
-        files.write_private(arguments.file, data)
-    else:
-        sys.stdout.buffer.write(data if format == _BINARY else data.rstrip(b"\n") + b"\n")
-        sys.stdout.buffer.flush()
+        _check_writable(arguments.file)
+    async with open_api(profile.require_session()) as api, AsyncExitStack() as undo:
+        id = arguments.id
+        if arguments.new:
+            id = await _new_connection(api, arguments)
+            undo.push_async_callback(_end_again, api, id)
+        data = await api.config(id or await _only_connection(api, profile), format)
+        if arguments.with_key:
+            data = _with_key(data.decode(), profile, arguments.id).encode()
+        _write(data if format == _BINARY else data.rstrip(b"\n") + b"\n", arguments.file)
+        undo.pop_all()
     return 0
 
 
@@ -194,7 +198,7 @@ def _status_table(rows: Sequence[Row], now: datetime) -> str:
                 ", ".join(row.addresses) or "-",
                 "-" if row.rx is None else size(row.rx),
                 "-" if row.tx is None else size(row.tx),
-                age(row.latest_handshake, now),
+                "-" if row.rx is None else age(row.latest_handshake, now),
                 _place(row),
                 row.connection_id,
             ]
@@ -215,6 +219,33 @@ async def _new_connection(api: Api, arguments: argparse.Namespace) -> str:
     id = connection.connection_id
     print(f"opened connection {id}; skynetvpn disconnect {id} ends it", file=sys.stderr)
     return id
+
+
+async def _end_again(api: Api, id: str) -> None:
+    try:
+        await api.disconnect(id)
+    except Failure as error:  # what went wrong before is what ends the command
+        print(f"connection {id} could not be ended again: {error}", file=sys.stderr)
+    else:
+        print(f"ended connection {id} again", file=sys.stderr)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise Failure, before a connection is opened for what then cannot be kept."""
+    if path.is_dir():
+        raise Failure(f"{path} is a directory: name a file in it")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise Failure(f"{path} cannot be written: {path.parent}: {error.strerror}") from error
+
+
+def _write(data: bytes, path: Path | None) -> None:
+    if path is not None:
+        files.write_private(path, data)
+    else:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
 
 
 async def _only_connection(api: Api, profile: Profile) -> str:

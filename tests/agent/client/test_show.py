@@ -76,11 +76,13 @@ async def test_status_shows_this_machines_tunnels_also_without_the_controller(
     Profile.of_user().save_tunnel(LocalTunnel("c9", "s1", "fra1", "skyvpn7", "userspace", str(home / "k")))
     controller.answers["GET /connections"] = lambda: web.Response(status=status, text="away")
 
-    outcome = await logged_in("-o", "json", "status")
+    outcome, text = await logged_in("-o", "json", "status"), await logged_in("status")
 
     assert outcome.status == (3 if status == 401 else 1)
-    assert [(row["server"], row["status"]) for row in outcome.json] == [("fra1", "unknown")]
+    (row,) = outcome.json
+    assert (row["server"], row["status"], row["latest_handshake"]) == ("fra1", "unknown", None)
     assert outcome.err.count("\n") == 1
+    assert text.out.splitlines()[1].split() == ["fra1", "wireguard", "unknown", *"----", "skyvpn7", "(gone)", "c9"]
 
 
 async def test_status_as_json_has_one_form_for_all_protocols(
@@ -129,6 +131,36 @@ async def test_config_goes_to_a_private_file(logged_in: Cli, controller: FakeCon
     assert outcome.status == 0 and outcome.out == ""
     assert (home / "tunnel.conf").read_text() == controller.conf
     assert stat.S_IMODE((home / "tunnel.conf").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("place", ["nowhere/x.conf", "."])
+async def test_no_connection_is_opened_for_a_file_that_cannot_be_written(
+    logged_in: Cli, controller: FakeController, home: Path, place: str
+) -> None:
+    controller.servers = [server("s1")]
+
+    outcome = await logged_in("config", "--new", "--file", str(home / place))
+
+    assert outcome.status == 1 and str(home / place) in outcome.err
+    assert controller.requests == []
+
+
+async def test_the_connection_ends_again_when_its_config_cannot_be_kept(
+    logged_in: Cli, controller: FakeController, home: Path
+) -> None:
+    controller.servers = [server("s1")]
+    (home / "gone").mkdir()
+
+    def answer() -> web.StreamResponse:
+        (home / "gone").rmdir()
+        return web.Response(text="[Interface]")
+
+    controller.answers["GET /connections/{id}/config"] = answer
+
+    outcome = await logged_in("config", "--new", "--file", str(home / "gone" / "x.conf"))
+
+    assert outcome.status == 1 and "No such file" in outcome.err and "ended connection c1 again" in outcome.err
+    assert controller.connections == []
 
 
 async def test_config_takes_in_the_key_of_this_machine(logged_in: Cli, controller: FakeController, home: Path) -> None:
