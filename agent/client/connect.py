@@ -54,6 +54,8 @@ async def connect(arguments: argparse.Namespace, profile: Profile) -> int:
         async with open_api(session) as api, AsyncExitStack() as turn:
             progress.show(f"asking {session.url} for the servers")
             server = await choose_server(api, arguments.server or arguments.server_option)
+            routes = not arguments.no_routes and not _wants_proxy(arguments)
+            await tunnel.check_way(server.ip, arguments.netns, routes=routes)
             await turn.enter_async_context(
                 profile.alone(lambda: progress.show("waiting: another skynetvpn connect brings a tunnel up"))
             )

@@ -75,6 +75,7 @@ async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[Loca
         await _start(local, material, ["-D", local.interface])
         return local
     own = material.tunnel
+    await tunnel.check_way(material.host, local.netns, routes=routes)  # it was to be a proxy, perhaps
     # ssh makes the device, and takes it away with all its routes when it ends. On a machine that is the server as well
     # the one of the server has the number itself.
     number = own.number + MAX_TUNNEL + 1

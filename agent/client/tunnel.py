@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import re
 import socket
@@ -20,7 +21,8 @@ from agent.client.profile import LocalTunnel, load_or_make_key
 from agent.config import split_address
 from agent.drivers import commands
 from agent.drivers.base import DeviceMissing, DriverError
-from agent.drivers.netlink.rtnl import Rtnl
+from agent.drivers.netlink.channel import KernelRefused
+from agent.drivers.netlink.rtnl import Hop, Rtnl
 from agent.drivers.wireguard import Backend, choose, client
 from agent.drivers.wireguard.kernel import KernelWireGuard
 from agent.drivers.wireguard.server import ServerPeer
@@ -82,6 +84,40 @@ async def check_free(interface: str, netns: str | None) -> None:
 
     if not await namespace.within(netns, look):
         raise Misuse(f"an interface {interface} is there already: name another one with --interface")
+
+
+async def check_way(host: str, netns: str | None, *, routes: bool) -> None:
+    """Raise Failure where no tunnel can reach the server, or where its own packets would be led into it (`routes`)."""
+    addresses = await _resolve(host)
+
+    async def ask() -> list[Hop]:
+        rtnl = Rtnl()
+        try:
+            return [hop for address in addresses if (hop := await _hop(rtnl, address)) is not None]
+        finally:
+            rtnl.close()
+
+    hops = await namespace.within(netns, ask)
+    if netns is not None and not hops:
+        raise Failure(
+            f"network namespace {netns} has no route to the server at {addresses[0]}: it needs a way of its own there, "
+            f"for the tunnel's packets (a veth pair and a default route, say); ip -n {netns} route shows what it has"
+        )
+    if routes and not all(hop.unicast for hop in hops):
+        where = "this machine's own" if netns is None else f"network namespace {netns}'s own"
+        raise Failure(
+            f"the server's address {addresses[0]} is {where}: all its traffic would go round in a tunnel to itself. "
+            "Use --no-routes for the interface only, or --netns for a namespace with a way to the server"
+        )
+
+
+async def _hop(rtnl: Rtnl, address: Address) -> Hop | None:
+    try:
+        return await rtnl.hop_to(address)
+    except KernelRefused as error:
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            return None
+        raise
 
 
 async def up(local: LocalTunnel, api: Api, *, routes: bool, save: Callable[[LocalTunnel], None]) -> LocalTunnel:
@@ -181,12 +217,16 @@ async def _server(config: TunnelConfig, interface: str) -> ServerPeer:
 
 
 async def resolve(host: str) -> Address:
-    """The server's address; looked up where the command was typed, for a new namespace has no name servers yet."""
+    return (await _resolve(host))[0]
+
+
+async def _resolve(host: str) -> list[Address]:
+    """The server's addresses, looked up where the command was typed: a new namespace has no name servers yet."""
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_DGRAM)
     except OSError as error:
         raise Failure(f"the server's name {host} cannot be resolved: {error.strerror}") from error
-    return ip_address(found[0][4][0])
+    return [ip_address(each[4][0]) for each in found]
 
 
 def endpoint(local: LocalTunnel) -> Address:

@@ -118,6 +118,35 @@ async def test_a_config_that_cannot_be_used_ends_the_connection_again(
 
 
 @pytest.mark.netns
+async def test_a_host_is_not_led_through_a_tunnel_to_itself(
+    logged_in: Cli, controller: FakeController, place: Namespace
+) -> None:
+    controller.servers = [server("s1", ip="192.0.2.2")]
+    controller.answers["POST /connections"] = lambda: error(400, "not now")
+
+    outcome = await logged_in("connect", "--netns", place.name)
+
+    assert outcome.status == 1 and "192.0.2.2" in outcome.err
+    assert "own" in outcome.err and "--no-routes" in outcome.err and "--netns" in outcome.err
+    assert controller.seen("POST /connections") == []
+
+    for options in (["--no-routes"], ["--protocol", "ssh"]):  # a proxy changes no route
+        assert "not now" in (await logged_in("connect", "--netns", place.name, *options)).err
+
+
+@pytest.mark.netns
+async def test_a_namespace_needs_a_way_to_the_server(logged_in: Cli, controller: FakeController) -> None:
+    controller.servers = [server("s1")]
+
+    with Namespace("cli") as alone:
+        outcome = await logged_in("connect", "--netns", alone.name)
+
+    assert outcome.status == 1 and "no route to the server at 192.0.2.1" in outcome.err
+    assert "a way of its own" in outcome.err and alone.name in outcome.err
+    assert controller.seen("POST /connections") == []
+
+
+@pytest.mark.netns
 async def test_without_a_handshake_nothing_is_left(
     logged_in: Cli, controller: FakeController, place: Namespace, interface: str
 ) -> None:
