@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
 from agent.drivers import commands
-from agent.drivers.base import Device, DriverError
+from agent.drivers.base import Device, DriverError, Unsupported
 from agent.drivers.netlink.rtnl import Link, Rtnl
 from agent.drivers.wireguard import interface, uapi
 from agent.drivers.wireguard.server import ServerPeer
@@ -19,6 +20,7 @@ from shared.protocol import PeerStats
 
 SOCKETS = Path("/var/run/wireguard")
 PROGRAM = "wireguard-go"
+TUN = Path("/dev/net/tun")
 _KIND = "tun"
 # A whole set operation holds the program's lock: bigger ones would keep `wg show` and others waiting for longer.
 _PEERS_PER_OPERATION = 1000
@@ -68,6 +70,7 @@ class UserspaceWireGuard:
         link = await interface.find(self._rtnl, name, _KIND)
         await self._check_owner(name, link)
         if link is None:
+            _check_tun()
             # It goes to the background by itself, when the interface is there and the socket answers.
             await commands.run([self._program, name])
             link = await interface.require(self._rtnl, name, _KIND)
@@ -160,6 +163,17 @@ class UserspaceWireGuard:
         if private_key and private_key not in self._public_keys:
             self._public_keys[private_key] = PrivateKey(private_key).public().raw
         return self._public_keys.get(private_key, b"")
+
+
+def _check_tun() -> None:
+    """Raise Unsupported with what is missing: the program says only that the kernel's WireGuard would be better."""
+    try:
+        os.close(os.open(TUN, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise Unsupported(
+            f"{TUN} cannot be opened ({error.strerror}), and WireGuard outside the kernel needs it: on a host run "
+            f"modprobe tun, give a container the device (--device {TUN} --cap-add NET_ADMIN)"
+        ) from error
 
 
 async def _wait_until(condition: Callable[[], Awaitable[bool]], otherwise: str) -> None:

@@ -105,6 +105,18 @@ async def test_the_program_outlives_the_driver_in_a_session_of_its_own(
     assert not pipes(pid) & pipes(os.getpid())
 
 
+async def test_a_host_without_tun_devices_is_told_so(
+    driver: UserspaceWireGuard, host: Namespace, spec: Interface, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = tmp_path / "tun"
+    monkeypatch.setattr("agent.drivers.wireguard.userspace.TUN", missing)
+
+    with pytest.raises(Unsupported, match=rf"{missing} cannot be opened \(No such file or directory\).*--device"):
+        await driver.ensure(spec, PrivateKey.generate())
+
+    assert spec.name not in host.run("ip", "-br", "link")
+
+
 async def test_a_program_of_another_namespace_is_not_adopted(
     driver: UserspaceWireGuard, host: Namespace, spec: Interface
 ) -> None:
