@@ -36,7 +36,8 @@ def main() -> None:
             print(f"  {problem}", file=sys.stderr)
         sys.exit(_FAILED)
     except (DomainError, Unusable, OSError) as error:
-        print(f"skynetvpn-controller: {error}", file=sys.stderr)
+        words = error.explain() if isinstance(error, DomainError) else error
+        print(f"skynetvpn-controller: {words}", file=sys.stderr)
         sys.exit(_FAILED)
     except KeyboardInterrupt:
         sys.exit(130)

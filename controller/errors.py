@@ -34,6 +34,10 @@ class DomainError(Exception):
         self.params = params
         super().__init__(self.message.format(**params))
 
+    def explain(self) -> str:
+        """For the operator: all that is known, where an answer to anybody says less."""
+        return str(self)
+
 
 class InvalidInput(DomainError):
     """One or more fields are wrong; `problems` names each by its path."""

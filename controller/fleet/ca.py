@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from controller import privatefile
 from controller.fleet import certificates
 from controller.fleet.certificates import Issuer, NodePublicKey
 from controller.fleet.errors import AuthorityUnusable
@@ -47,8 +47,12 @@ def create(directory: Path) -> Authority:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = certificates.authority_certificate(key, now(), certificates.CHANNEL_AUTHORITY)
-    _write(bundle_file, certificate.public_bytes(Encoding.PEM))
-    _write(key_file, certificates.key_pem(key))
+    privatefile.write(bundle_file, certificate.public_bytes(Encoding.PEM))
+    try:
+        privatefile.write(key_file, certificates.key_pem(key))
+    except OSError:
+        bundle_file.unlink()
+        raise
     return Authority(Issuer(certificate, key), [certificate])
 
 
@@ -76,19 +80,3 @@ def load(directory: Path) -> Authority:
 
 def _public(key: object) -> bytes:
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined,no-any-return]
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a private file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -42,6 +42,13 @@ class StoreUnavailable(DomainError):
     code = "store_unavailable"
     message = "the database is not available; try again later"
 
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
+        super().__init__()
+
+    def explain(self) -> str:
+        return f"the database is not available: {self.reason}" if self.reason else str(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Committed:
@@ -123,7 +130,7 @@ class Database:
                     if transaction.topics:
                         self.tell(transaction.committed())
             except (DBAPIError, PoolExhausted) as error:
-                raise translate(error) from error
+                raise translate(error, self.engine.url) from error
 
     @asynccontextmanager
     async def certain_transaction(self) -> AsyncIterator[Transaction]:
@@ -161,7 +168,7 @@ class Database:
             async with AsyncSession(self._reader, expire_on_commit=False) as session:
                 yield session
         except (DBAPIError, PoolExhausted) as error:
-            raise translate(error) from error
+            raise translate(error, self.engine.url) from error
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[AsyncConnection]:
@@ -170,7 +177,7 @@ class Database:
             async with self._reader.connect() as connection:
                 yield connection
         except (DBAPIError, PoolExhausted) as error:
-            raise translate(error) from error
+            raise translate(error, self.engine.url) from error
 
     async def epoch(self) -> str:
         """The identity of this database's history; it changes when a backup is restored."""
@@ -191,14 +198,19 @@ def open_database(url: str, secrets: SecretBox) -> Database:
     return Database(kind.make_engine(url, _POOL, BUSY_TIMEOUT), secrets)
 
 
-def translate(error: DBAPIError | PoolExhausted) -> Exception:
+def translate(error: DBAPIError | PoolExhausted, url: sa.URL) -> Exception:
     """A lost, locked, full or overrun database becomes StoreUnavailable; a broken rule stays what it is."""
-    passes = (
-        isinstance(error, PoolExhausted | OperationalError)
-        or error.connection_invalidated
-        or postgresql.passes(error.orig)
-    )
-    return StoreUnavailable() if passes else error
+    if isinstance(error, PoolExhausted):
+        return StoreUnavailable("all its connections are in use")
+    passes = isinstance(error, OperationalError) or error.connection_invalidated or postgresql.passes(error.orig)
+    return StoreUnavailable(_reason(error, url)) if passes else error
+
+
+def _reason(error: DBAPIError, url: sa.URL) -> str:
+    """The driver's own words, in one line."""
+    said = error.orig.__cause__ if error.orig is not None and error.orig.__cause__ is not None else error.orig
+    words = " ".join(str(said).split()) or type(said).__name__
+    return f"{url.database}: {words}" if url.get_backend_name() == "sqlite" else words
 
 
 async def _bump(session: AsyncSession, topics: set[Topic]) -> None:

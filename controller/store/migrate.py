@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
-
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
@@ -21,12 +19,13 @@ async def migrate(database: Database) -> None:
             return
     from controller.store.upgrade import upgrade  # Alembic, which every command would import else
 
-    async with AsyncExitStack() as stack:
-        try:
-            writer = await stack.enter_async_context(database.engine.execution_options(write=True).begin())
-        except DBAPIError as error:
-            raise translate(error) from error
-        await writer.run_sync(upgrade)
+    try:
+        async with database.engine.execution_options(write=True).begin() as writer:
+            await writer.run_sync(upgrade)
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlite_errorname", None) == "SQLITE_ERROR":  # the statement's fault
+            raise
+        raise translate(error, database.engine.url) from error
 
 
 def _revision(connection: sa.Connection) -> str | None:

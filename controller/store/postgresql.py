@@ -51,9 +51,11 @@ def passes(error: BaseException | None) -> bool:
 
 
 class _Connecting:
-    """Makes the connections; what keeps it from that is logged once, and is an error of the driver's kind."""
+    """Makes the connections; what keeps it from that is an error of the driver's kind, and logged once where one could
+    be made before: who starts is told by the error."""
 
     def __init__(self) -> None:
+        self._connected = False
         self._failing = False
 
     def __call__(self, dialect: Any, _record: object, arguments: list[Any], options: dict[str, Any]) -> Any:
@@ -63,13 +65,13 @@ class _Connecting:
         except Exception as error:
             # The driver raises what the socket or the server said, before the engine's own translation begins.
             reason = str(error) or type(error).__name__
-            if not self._failing:
+            if self._connected:
                 log.warning("store.connect_failed", reason=reason)
-            self._failing = True
+                self._connected, self._failing = False, True
             raise dialect.loaded_dbapi.OperationalError(reason) from error
         if self._failing:
             log.info("store.connect_restored")
-        self._failing = False
+        self._connected, self._failing = True, False
         return connection
 
 

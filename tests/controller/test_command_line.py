@@ -236,6 +236,35 @@ async def test_what_init_makes_is_for_its_owner_only(tmp_path: Path) -> None:
     assert "exists already" in errors
 
 
+@pytest.mark.parametrize("size", [0, 300, 5000])  # of the largest file: no authority, half of one, half a database
+async def test_a_failed_init_is_one_line_and_can_be_repeated(tmp_path: Path, size: int) -> None:
+    made = tmp_path / "controller"
+    process = await asyncio.create_subprocess_exec(
+        "prlimit", f"--fsize={size}", sys.executable, "-m", "controller", "init", "--dir", str(made),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    output, errors = await process.communicate()
+    assert (process.returncode, output) == (1, b"")
+    [line] = errors.decode().splitlines()
+    assert line.startswith(f"skynetvpn-controller: cannot make {made}: ")
+    assert line.endswith("; when that is mended, run init again")
+    assert ("File too large" in line) if size < 5000 else (f"{made}/controller.db: disk I/O error" in line)
+    assert not [file.name for file in made.rglob("*") if file.name.startswith(".")]
+    assert (await typed("init", "--dir", made))[0] == 0
+
+
+@pytest.mark.parametrize("command", [("run",), ("user", "list")])
+async def test_a_database_that_cannot_be_had_is_named_with_the_reason(
+    directory: Path, command: tuple[str, ...]
+) -> None:
+    nowhere = directory / "nosuch" / "x.db"
+    changed = settings_of(directory) | {"database_url": f"sqlite+aiosqlite:///{nowhere}"}
+    (directory / "controller.yaml").write_text(yaml.safe_dump(changed))
+    status, output, errors = await controller(*command, "--config", directory / "controller.yaml")
+    assert (status, output) == (1, "")
+    assert errors == (f"skynetvpn-controller: the database is not available: {nowhere}: unable to open database file\n")
+
+
 async def test_the_command_that_init_tells_works_as_typed(tmp_path: Path) -> None:
     status, output, _ = await controller("init", "--dir", tmp_path / "controller")
     assert status == 0

@@ -117,6 +117,6 @@ async def test_a_server_that_cannot_be_used_is_told_in_few_words(directory: Path
     environ = {"SKYNETVPN_DATABASE_URL": f"postgresql+asyncpg://u:s3cr3t@/d?host={directory}"}
     status, errors = await controller(*command, "--config", str(directory / "controller.yaml"), environ=environ)
     assert status == 1
-    assert errors.splitlines()[-1] == "skynetvpn-controller: the database is not available; try again later"
-    assert "No such file" in errors
-    assert "Traceback" not in errors and "s3cr3t" not in errors
+    [line] = errors.splitlines()
+    assert line.startswith("skynetvpn-controller: the database is not available: ")
+    assert line.count("No such file or directory") == 1 and "s3cr3t" not in line
