@@ -212,6 +212,21 @@ async def test_the_second_of_two_at_a_time_waits_and_leaves_the_first_alone(
 
 
 @pytest.mark.netns
+async def test_the_turn_of_a_killed_connect_is_over(
+    logged_in: Cli, controller: FakeController, place: Namespace
+) -> None:
+    controller.servers = [server("s1", name="fra1")]
+    opened = controller.held["POST /connections"] = asyncio.Event()
+    async with connecting("--netns", place.name) as first:
+        await first.says("opening a connection")
+        async with connecting("--netns", place.name) as second:
+            await second.says("another skynetvpn connect")
+            first.process.kill()
+            opened.set()
+            await second.says("waiting for the handshake")
+
+
+@pytest.mark.netns
 async def test_an_interface_that_another_program_has_made_meanwhile_stays(
     logged_in: Cli, controller: FakeController, place: Namespace, interface: str
 ) -> None:
