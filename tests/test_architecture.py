@@ -34,7 +34,7 @@ RULES = [
         "controller",
         ("controller.app",),
         "nothing knows the composition root but the command line",
-        except_in=("controller.__main__", "controller.app"),
+        except_in=("controller.cli", "controller.app"),
     ),
     Rule(
         "controller",

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import sys
 from collections.abc import Sequence
 
-from agent.client.cli import function_of, parser
-from agent.client.errors import Failure
-from agent.client.profile import Profile
-from agent.drivers.base import DriverError
-from agent.errors import AgentError
 
-_INTERRUPTED = 130
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+def main(arguments: Sequence[str] | None = None) -> int:
     try:
-        status = asyncio.run(function_of(arguments.command)(arguments, Profile.of_user()))
+        from agent.client import entry  # here, where a Ctrl-C is no traceback
+
+        return entry.main(arguments)
     except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would complain again
-        return 1
-    except (AgentError, DriverError, OSError) as error:
-        print(f"skynetvpn: {error}", file=sys.stderr)
-        return error.exit_status if isinstance(error, Failure) else 1
-    return status
+        return 130
 
 
 if __name__ == "__main__":

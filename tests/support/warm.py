@@ -25,6 +25,7 @@ from tests.support.netns import CommandFailed, Running
 _MAINS = {"skynetvpn-controller": "controller.__main__", "skynetvpn-agent": "agent.__main__"}
 _IMPORTED = (
     *_MAINS.values(),
+    *("controller.cli", "agent.cli"),
     *("controller.app", "controller.setup", "sqlalchemy.dialects.sqlite.aiosqlite"),
     *("agent.service", "agent.enrolment", "agent.drivers.limits", "agent.drivers.nftables"),
     *(f"agent.drivers.{name}" for name in ("wireguard", "openvpn", "ssh", "l2tp")),
