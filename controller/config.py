@@ -254,6 +254,8 @@ def read_config(path: Path, environ: Mapping[str, str]) -> Config:
     """Read the file and the environment; raise SettingsError that lists all that is wrong with either."""
     try:
         mapping = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise SettingsError(str(path), [f"{error.strerror}; name the controller's settings with --config"]) from error
     except OSError as error:
         raise SettingsError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except yaml.YAMLError as error:

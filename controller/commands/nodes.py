@@ -36,7 +36,9 @@ def register(commands: Commands) -> None:
         metavar="P,P",
         help="that it may offer (default: as it is, for a new host all)",
     )
-    token.add_argument("--minutes", type=int, default=10, help="for how long the token is valid (default 10)")
+    token.add_argument(
+        "--minutes", type=values.token_minutes, default=10, help="for how long the token is valid (default 10)"
+    )
     delete = add(node, "delete", _delete, "delete a node that is disabled, with its connections")
     delete.add_argument("name", metavar="NAME")
     add_output(add(node, "list", _list, "list the nodes and what they say"))

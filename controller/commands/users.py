@@ -191,7 +191,7 @@ def _line(member: Member, live: int) -> list[object]:
         user.email,
         user.role,
         user.plan,
-        "active" if user.active else "inactive",
+        _state_word(member),
         _protocols(member),
         _quota(member),
         moment(limits.expires_at) or "never",
@@ -222,6 +222,12 @@ def _shown(member: Member, usage: Record) -> Mapping[str, object]:
         "speed": ", ".join(rates) or "not limited",
         "traffic": f"{traffic} ({', '.join(by)})" if by else traffic,
     }
+
+
+def _state_word(member: Member) -> str:
+    if not member.user.active:
+        return "inactive"
+    return "expired" if member.limits.blocked(datetime.now(UTC)) == "expired" else "active"
 
 
 def _state(member: Member) -> str:

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from controller.usage.periods import Period
 from shared.resource import Protocol
 
+_WEEK = 7 * 24 * 60  # minutes
+
 
 def protocols(text: str) -> list[Protocol]:
     try:
@@ -20,6 +22,12 @@ def yes_or_no(text: str) -> bool:
     if text not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
     return text == "yes"
+
+
+def token_minutes(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= _WEEK):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {_WEEK}, which is a week")
+    return int(text)
 
 
 def period(text: str) -> Period:

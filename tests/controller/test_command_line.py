@@ -404,6 +404,30 @@ async def test_an_account_is_shown_with_its_limits_traffic_and_sessions(desk: De
     assert (await desk.types("user", "show", "bob")).endswith("no live session\n")
 
 
+async def test_the_list_tells_who_has_expired(desk: Desk) -> None:
+    for name in ("alice", "bob", "carol"):
+        await desk.adds(name)
+    for name in ("bob", "carol"):
+        await desk.types("user", "set", name, "--expires-at", "2020-01-01")
+    await desk.types("user", "set", "carol", "--active", "no")
+    header, *lines = (line.split("\t") for line in (await desk.types("user", "list")).splitlines())
+    assert [line[header.index("STATE")] for line in lines] == ["active", "expired", "inactive"]
+
+
+@pytest.mark.parametrize("minutes", ["-1", "0", "10081", "1e3", "x"])
+async def test_a_join_token_is_valid_for_a_minute_to_a_week(minutes: str) -> None:
+    token = ("node", "token", "--name", "fra1", "--country", "DE", "--city", "x")
+    status, output, errors = await typed(*token, "--minutes", minutes)
+    assert (status, output) == (2, "")
+    assert errors.splitlines()[-1].endswith(f"'{minutes}' is not a whole number from 1 to 10080, which is a week")
+
+
+async def test_settings_that_are_not_there_are_to_be_named(tmp_path: Path) -> None:
+    status, _, errors = await typed("user", "list", "--config", tmp_path / "controller.yaml")
+    assert status == 1
+    assert errors.splitlines()[-1].endswith("No such file or directory; name the controller's settings with --config")
+
+
 async def test_role_and_plan_are_changed_and_one_administrator_stays(desk: Desk) -> None:
     await desk.adds("alice", "--role", "admin")
     assert "only administrator; make another one first" in await desk.fails("user", "set", "alice", "--role", "user")
