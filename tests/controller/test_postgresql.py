@@ -109,7 +109,9 @@ async def test_it_answers_503_while_the_server_is_away_and_goes_on_by_itself(
             cluster.start()
         await becomes(session, f"{api}/readyz", 200)
         assert (await login())[0] == 200
-    assert "Traceback" not in (directory / "log").read_text()
+    told = (directory / "log").read_text()
+    assert "Traceback" not in told
+    assert (told.count("store.connect_failed"), told.count("store.connect_restored")) == (1, 1)
 
 
 @pytest.mark.parametrize("command", [("run",), ("user", "list")])
