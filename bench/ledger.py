@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry
 from bench.harness import Goal, Ratio, Result, absolute, compared, interleaved
 from controller.access.tables import CredentialRow
 from controller.accounts.tables import UserRow
+from controller.fleet.tables import NodeRow
 from controller.secretbox import SecretBox
 from controller.store.database import Database, open_database
 from controller.store.schema import metadata
@@ -154,7 +155,12 @@ async def _database(path: Path, users: Sequence[str]) -> Database:
                 **{"sealed_secret": b"", "public_keys": "", "fingerprint": b""},
             }
         )
+    node = {
+        **{"id": _NODE, "name": "n", "country": "DE", "city": "Berlin", "plan": "free", "status": "enabled"},
+        **{"created_at": now(), "wireguard_port": 51820, "former_boot_ids": ""},
+    }
     async with database.transaction() as tx:
+        await tx.session.execute(sa.insert(NodeRow), [node])
         await tx.session.execute(sa.insert(UserRow), accounts)
         await tx.session.execute(sa.insert(CredentialRow), credentials)
     return database

@@ -31,6 +31,7 @@ _IPV4 = {str(mask): _head(AF_INET, mask, 4) for mask in range(33)}
 _IPV6 = {str(mask): _head(AF_INET6, mask, 16) for mask in range(129)}
 _IPV4_MASKS = {head: mask for mask, head in _IPV4.items()}
 _IPV6_MASKS = {head: mask for mask, head in _IPV6.items()}
+_MANY = 8  # peers; to look at all of them first costs more than it saves for fewer
 _TWO_HOSTS = struct.Struct(f"={_HEAD_BYTES}s4s{_HEAD_BYTES}s16s")
 
 
@@ -48,7 +49,7 @@ def encode(prefixes: Iterable[str]) -> bytes:
 
 def encode_each(peers: Sequence[Sequence[str]]) -> list[bytes]:
     """The contents of these peers' nests. Clients, with one address of each family, take a third of the time."""
-    hosts = _hosts(peers)
+    hosts = _hosts(peers) if len(peers) >= _MANY else None
     if hosts is None:
         return [encode(prefixes) for prefixes in peers]
     ipv4, ipv6 = map(inet_pton, repeat(AF_INET), hosts[0]), map(inet_pton, repeat(AF_INET6), hosts[1])

@@ -85,9 +85,10 @@ def test_peers_are_packed_alike_wherever_clients_with_one_address_of_each_family
     ],
 )
 def test_peers_that_only_look_like_clients_are_packed_as_they_are(prefixes: list[tuple[str, ...]]) -> None:
-    wanted = [Peer(public_key=bytes([number]) * 32, allowed_ips=ips) for number, ips in enumerate(prefixes, 1)]
+    many = prefixes * 4
+    wanted = [Peer(public_key=bytes([number]) * 32, allowed_ips=ips) for number, ips in enumerate(many, 1)]
     found = packed_peers(message.set_peers("wg0", wanted))
-    assert [tuple(allowed_ips(values)) for values in found] == prefixes
+    assert [tuple(allowed_ips(values)) for values in found] == many
 
 
 @unhurried
