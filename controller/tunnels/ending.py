@@ -54,31 +54,15 @@ async def end(tx: Transaction, rows: Sequence[ConnectionRow], reason: str) -> di
 
 
 async def end_account(tx: Transaction, user_id: str, reason: str) -> int:
-    rows = await tx.session.scalars(
-        sa.select(ConnectionRow)
-        .where(ConnectionRow.user_id == user_id, ConnectionRow.ended_at.is_(None))
-        .order_by(ConnectionRow.id)
-        .with_for_update()
-    )
-    ended = rows.all()
-    await end(tx, ended, reason)
-    return len(ended)
+    return await _end_where(tx, ConnectionRow.user_id == user_id, reason)
 
 
 async def forget_node(tx: Transaction, node_id: str) -> int:
     """End the connections to a node that is deleted, and delete them with those that have ended; how many lived."""
-    rows = await tx.session.scalars(
-        sa.select(ConnectionRow)
-        .where(ConnectionRow.node_id == node_id, ConnectionRow.ended_at.is_(None))
-        .order_by(ConnectionRow.id)
-        .with_for_update()
-    )
-    ended = rows.all()
-    await end(tx, ended, "node_deleted")
-    await tx.session.flush()
+    ended = await _end_where(tx, ConnectionRow.node_id == node_id, "node_deleted")
     for table in (AllocationRow, ConnectionRow, ReportMarkRow):
         await tx.session.execute(sa.delete(table).where(table.node_id == node_id))
-    return len(ended)
+    return ended
 
 
 async def end_expired(
@@ -127,9 +111,13 @@ async def purge(database: Database, before: datetime) -> int:
 
 async def end_by_ids(tx: Transaction, connection_ids: Collection[str], reason: str) -> int:
     """End those of the connections that live; how many there were."""
+    return await _end_where(tx, ConnectionRow.id.in_(connection_ids), reason)
+
+
+async def _end_where(tx: Transaction, condition: sa.ColumnElement[bool], reason: str) -> int:
     rows = await tx.session.scalars(
         sa.select(ConnectionRow)
-        .where(ConnectionRow.id.in_(connection_ids), ConnectionRow.ended_at.is_(None))
+        .where(condition, ConnectionRow.ended_at.is_(None))
         .order_by(ConnectionRow.id)
         .with_for_update()
     )
