@@ -8,11 +8,13 @@ import pytest
 import sqlalchemy as sa
 
 from controller.desired import service as desired
-from controller.desired.tables import DesiredRow
+from controller.desired.tables import DesiredRow, ScopeRow
 from controller.fleet.errors import NodeInService, NodeNotFound
+from controller.fleet.layers import Layer
+from controller.fleet.layerstore import write_layer
 from controller.fleet.nodes import NodeSpec, NodeStatus
 from controller.fleet.service import Fleet
-from controller.fleet.tables import NodeRow
+from controller.fleet.tables import FleetKeyRow, JoinTokenRow, NodeRow, ProtocolRow
 from controller.tunnels import ending, errors
 from controller.tunnels.service import Tunnels
 from controller.tunnels.tables import AllocationRow, ConnectionRow, ReportMarkRow
@@ -33,18 +35,27 @@ async def names(world: World) -> dict[str, str]:
     return {row.id: row.name for row in rows}
 
 
-async def rows_of(world: World, node_id: str) -> list[str]:
+async def rows_of(world: World, node_id: str) -> set[str]:
     """The tables that have something of the node."""
-    found = []
+    scope = desired.node_scope(node_id)
+    conditions = {
+        NodeRow.__tablename__: NodeRow.id == node_id,
+        JoinTokenRow.__tablename__: JoinTokenRow.node_id == node_id,
+        ProtocolRow.__tablename__: ProtocolRow.node_id == node_id,
+        FleetKeyRow.__tablename__: FleetKeyRow.name.endswith(node_id),
+        AllocationRow.__tablename__: AllocationRow.node_id == node_id,
+        ConnectionRow.__tablename__: ConnectionRow.node_id == node_id,
+        ReportMarkRow.__tablename__: ReportMarkRow.node_id == node_id,
+        LeaseRow.__tablename__: LeaseRow.node_id == node_id,
+        DesiredRow.__tablename__: DesiredRow.scope == scope,
+        ScopeRow.__tablename__: ScopeRow.scope == scope,
+    }
     async with world.database.connect() as connection:
-        for table in (NodeRow, AllocationRow, ConnectionRow, ReportMarkRow, LeaseRow):
-            column: Any = table.id if table is NodeRow else table.node_id  # type: ignore[attr-defined]
-            if await connection.scalar(sa.select(sa.func.count()).where(column == node_id)):
-                found.append(table.__tablename__)
-        scope = DesiredRow.scope == desired.node_scope(node_id)
-        if await connection.scalar(sa.select(sa.func.count()).where(scope)):
-            found.append(DesiredRow.__tablename__)
-    return found
+        return {
+            name
+            for name, condition in conditions.items()
+            if await connection.scalar(sa.select(sa.func.count()).where(condition))
+        }
 
 
 async def used(world: World, tunnels: Tunnels) -> tuple[Any, Any, Any]:
@@ -60,6 +71,8 @@ async def used(world: World, tunnels: Tunnels) -> tuple[Any, Any, Any]:
     lease = LeaseRow(node_id=node_id, user_id=world.alice.user_id, ledger="l", allowance=100, reserved=100, used=1)
     async with world.database.transaction() as tx:
         tx.session.add(lease)
+        await write_layer(tx, Protocol.L2TP, node_id, Layer(settings={"psk": "of this node"}))
+    await fleet_of(world).reissue_join_token((await names(world))[node_id])
     await world.live.flush()
     return live, other, ended
 
@@ -88,7 +101,7 @@ async def test_what_was_on_a_deleted_node_is_gone_and_all_else_stays(world: Any)
     gone = await used(world, tunnels)
     node_id = world.nodes[-1]
     name = (await names(world))[node_id]
-    assert len(await rows_of(world, node_id)) == 6
+    assert len(await rows_of(world, node_id)) == 10
     others = await rows_of(world, world.nodes[0])
     sessions = Sessions(world.database, world.live.book, ending.end_by_ids)
     assert {session.node_id for session in sessions.live()} == {world.nodes[0], node_id}
@@ -98,7 +111,7 @@ async def test_what_was_on_a_deleted_node_is_gone_and_all_else_stays(world: Any)
     await world.live.flush()
     await world.directory.refresh()
 
-    assert await rows_of(world, node_id) == []
+    assert await rows_of(world, node_id) == set()
     assert await rows_of(world, world.nodes[0]) == others
     for connection in gone:
         with pytest.raises(errors.ConnectionNotFound):
@@ -139,4 +152,4 @@ async def test_the_reports_of_a_deleted_node_that_were_on_their_way_change_nothi
     world.report(live.public_key, 10, 10, world.ago(), node=-1)
     await world.live.flush()
     assert world.live.get(live.id) is None
-    assert set(await rows_of(world, node_id)) <= {ReportMarkRow.__tablename__}
+    assert await rows_of(world, node_id) <= {ReportMarkRow.__tablename__}
