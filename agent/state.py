@@ -188,13 +188,11 @@ class State:
         wait: bool = True,
     ) -> None:
         with self._transaction(len(upserts) + len(removals), wait=wait) as connection:
-            if removals:
-                connection.executemany(
-                    "DELETE FROM resources WHERE scope = ? AND kind = ? AND key = ?",
-                    [(scope, name.kind, name.key) for name in removals],
-                )
-            if upserts:
-                _insert(connection, scope, upserts)
+            connection.executemany(
+                "DELETE FROM resources WHERE scope = ? AND kind = ? AND key = ?",
+                [(scope, name.kind, name.key) for name in removals],
+            )
+            _insert(connection, scope, upserts)
             connection.execute("UPDATE scopes SET revision = ? WHERE scope = ?", (revision, scope))
 
     def _replace(self, scope: str, epoch: str, revision: int, resources: Sequence[Resource]) -> None:
