@@ -86,13 +86,13 @@ def test_only_masquerading_interfaces_have_nat() -> None:
     assert "masquerade" not in render([routed])
 
 
-@pytest.mark.netns
 def test_the_only_interface_is_isolated_by_one_rule() -> None:
     text = render([Interface(name="wg0", listen_port=51820, addresses=("10.0.0.1/24",))])
     assert text.count('iifname "wg0" oifname "wg0" drop') == 1
     assert '{ "wg0" }' not in text
 
 
+@pytest.mark.netns
 def test_nft_itself_checks_the_text_in_a_namespace(host: Namespace) -> None:
     text = render([Interface(name="wg0", listen_port=1, addresses=("10.66.0.1/16", "fd66::1/64"))])
     host.run("nft", "-c", "-f", "-", stdin=text)
