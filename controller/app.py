@@ -108,9 +108,9 @@ async def compose(services: Services, config: Config, registry: CollectorRegistr
     sessions = Sessions(database, live.book, end_by_ids)
     granting = Granting(database, hub.wait_applied, live.wait_reported)
     kept = Kept(
-        timedelta(days=config.retention.sessions_days),
-        timedelta(days=config.retention.usage_days),
-        timedelta(days=config.retention.events_days),
+        sessions=timedelta(days=config.retention.sessions_days),
+        usage=timedelta(days=config.retention.usage_days),
+        events=timedelta(days=config.retention.events_days),
     )
     enforcement = Enforcement(database, live.book, sessions, Events(database), services.refresh, kept=kept)
     for follower in (sessions.on_written, enforcement.on_written, granting.on_written):

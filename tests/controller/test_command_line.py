@@ -15,7 +15,7 @@ import stat
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, redirect_stderr, redirect_stdout
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 from unittest.mock import patch
@@ -31,6 +31,7 @@ from controller.__main__ import main
 from controller.accounts.tables import UserRow
 from controller.config import new_secret_line, read_secrets
 from controller.desired.tables import DesiredRow
+from controller.events.tables import EventRow
 from controller.fleet.tables import NodeRow
 from controller.store.database import Database, open_database
 from controller.usage.tables import LimitsRow, SessionRow, UsageRow
@@ -426,6 +427,36 @@ async def test_settings_that_are_not_there_are_to_be_named(tmp_path: Path) -> No
     status, _, errors = await typed("user", "list", "--config", tmp_path / "controller.yaml")
     assert status == 1
     assert errors.splitlines()[-1].endswith("No such file or directory; name the controller's settings with --config")
+
+
+async def test_history_is_kept_as_long_as_the_settings_say(desk: Desk, directory: Path) -> None:
+    await desk.adds("alice")
+    await desk.types("node", "token", "--name", "fra1", "--country", "DE", "--city", "x")
+    users, nodes = await desk.ids()
+    alice, moment = users["alice"], datetime.now(UTC) - timedelta(days=3)
+    columns = {"user_id": alice, "node_id": nodes["fra1"], "protocol": "ssh", "rx": 1, "tx": 1}
+    await desk.stores(
+        session_row("s1", alice, nodes["fra1"], started_at=moment, ended_at=moment),
+        UsageRow(hour=moment.replace(minute=0, second=0, microsecond=0), **columns),
+        EventRow(id="e1", at=moment, kind="expired", user_id=alice, data="{}"),
+    )
+
+    async def left() -> list[str]:
+        async with desk.database.read() as session:
+            tables = (SessionRow, UsageRow, EventRow)
+            return [table.__tablename__ for table in tables if (await session.scalars(sa.select(table))).first()]
+
+    days = {"sessions_days": 4, "usage_days": 4, "events_days": 4}
+    for name, gone in (("events_days", "events"), ("usage_days", "usage"), ("sessions_days", "vpn_sessions")):
+        days[name] = 2
+        before = await left()
+        assert gone in before
+        settings = settings_of(directory) | {"retention": days}
+        (directory / "controller.yaml").write_text(yaml.safe_dump(settings))
+        async with running(directory), asyncio.timeout(30):
+            while gone in await left():  # noqa: ASYNC110  another process writes
+                await asyncio.sleep(0.05)
+        assert await left() == [table for table in before if table != gone]
 
 
 async def test_role_and_plan_are_changed_and_one_administrator_stays(desk: Desk) -> None:

@@ -305,3 +305,16 @@ async def test_connections_that_ended_long_ago_are_forgotten(world: Any, monkeyp
     with pytest.raises(errors.ConnectionNotFound):
         await tunnels.get(world.alice, made[0].id)
     assert [connection.id for connection in await tunnels.list_live(world.alice)] == [made[3].id]
+
+
+async def test_the_sweep_forgets_what_is_kept_no_longer(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controller.tunnels.service._SWEEP_INTERVAL", 0.01)
+    tunnels = world.tunnels(kept=timedelta(0))
+    made = await tunnels.create(world.alice, "skynet", world.nodes[0], "wireguard")
+    await tunnels.terminate(world.alice, made.id)
+    sweeping = asyncio.create_task(tunnels.run())
+    with pytest.raises(errors.ConnectionNotFound):
+        async with asyncio.timeout(30):
+            while True:
+                await tunnels.get(world.alice, made.id)
+    sweeping.cancel()
