@@ -156,7 +156,7 @@ class Connection:
             self._unreadable = True
             return False
         self._unreadable = False
-        if self.session.pushing(wanted.scope, push.revision, push.digest):
+        if self.session.pushing(wanted, push.revision, push.digest):
             for frame in push.frames:
                 await self._transmit(frame)
         return True
@@ -174,7 +174,7 @@ class Connection:
             if push is None or sum(map(len, push.frames)) > _SMALL:
                 self.session.postpone(wanted.scope)
                 return False
-            if self.session.pushing(wanted.scope, push.revision, push.digest):
+            if self.session.pushing(wanted, push.revision, push.digest):
                 self._transport.write(b"".join(map(_message, push.frames)))
         return True
 

@@ -130,9 +130,12 @@ class Session:
         """What was wanted could not be read."""
         self._scopes[scope].due = True
 
-    def pushing(self, scope: str, revision: int, digest: bytes) -> bool:
-        """About to send up to this revision; return False where the node has it and was told so."""
-        state = self._scopes[scope]
+    def pushing(self, wanted: Wanted, revision: int, digest: bytes) -> bool:
+        """About to send what was wanted, up to this revision; return False where the node has it and was told so, and
+        where it has asked for another thing, or refused this one, while it was read."""
+        state = self._scopes[wanted.scope]
+        if state.sent != wanted.base or state.held is not None:
+            return False
         changed_at, state.changed_at = state.changed_at, None
         if state.announced and state.sent == revision:
             return False

@@ -13,8 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from controller.channel.pushes import Pushes
-from controller.channel.session import Session
+from controller.channel.pushes import Push, Pushes
+from controller.channel.session import Session, Wanted
 from controller.desired import service as desired
 from controller.desired.service import Changes, State
 from controller.desired.tables import DesiredRow, ScopeRow
@@ -59,6 +59,8 @@ class Convergence(RuleBasedStateMachine):
         self.agent = ModelAgent()
         self.backup: tuple[str, dict[str, int], dict[tuple[str, str], Any], int] = ("", {}, {}, 0)
         self.session: Session | None = None
+        self.reading: tuple[Wanted, Push] | None = None
+        self.asked = False  # a Resync came in whose snapshot was not sent yet
         self.wire: list[bytes] = []
         self.acknowledged = 0
         self.run(self._create())
@@ -107,8 +109,7 @@ class Convergence(RuleBasedStateMachine):
     @rule()
     def connect(self) -> None:
         """Also when connected: what was on the way is lost."""
-        self.wire.clear()
-        self.agent.outgoing.clear()
+        self.disconnect()
         self.pushes.forget(SCOPE)
         self.session = Session("1", self.epoch, (SCOPE,))
         hello = self.agent.hello()
@@ -118,7 +119,8 @@ class Convergence(RuleBasedStateMachine):
     @precondition(lambda self: self.session is not None)
     @rule()
     def disconnect(self) -> None:
-        self.session = None
+        self.session = self.reading = None
+        self.asked = False
         self.wire.clear()
         self.agent.outgoing.clear()
 
@@ -129,14 +131,34 @@ class Convergence(RuleBasedStateMachine):
         if self.session.compare(SCOPE, self.run(self._state()).revision, self.clock):
             self.pushes.changed(SCOPE)
 
-    @precondition(lambda self: self.session is not None)
+    @precondition(lambda self: self.session is not None and self.reading is None)
     @rule(shared=st.booleans())
-    def push(self, shared: bool) -> None:
+    def read(self, shared: bool) -> None:
+        """What is wanted is read now and sent at some later time."""
         assert self.session is not None
         if (wanted := self.session.wanted()) is not None:
-            push = self.run(self.pushes.get(wanted, shared))
-            if self.session.pushing(SCOPE, push.revision, push.digest):
-                self.wire += push.frames
+            self.reading = wanted, self.run(self.pushes.get(wanted, shared))
+
+    @precondition(lambda self: self.reading is not None)
+    @rule()
+    def send(self) -> None:
+        assert self.session is not None
+        assert self.reading is not None
+        (wanted, push), self.reading = self.reading, None
+        if self.session.pushing(wanted, push.revision, push.digest):
+            self.wire += push.frames
+            if wanted.base is None:
+                self.asked = False
+
+    def push(self) -> None:
+        """Send all that is wanted."""
+        assert self.session is not None
+        while True:
+            if self.reading is not None:
+                self.send()
+            self.read(shared=False)
+            if self.reading is None:
+                return
 
     @precondition(lambda self: self.wire)
     @rule(twice=st.booleans())
@@ -159,6 +181,12 @@ class Convergence(RuleBasedStateMachine):
                     self.acknowledged = answer.revision
             case Resync() as resync:
                 self.session.resync(resync, self.clock)
+                self.asked = True
+
+    @precondition(lambda self: self.session is not None and SCOPE in self.agent.revisions)
+    @rule()
+    def ask_for_the_whole(self) -> None:
+        self.agent.outgoing.append(Resync(scope=SCOPE, reason="the disk was full"))
 
     @rule()
     def purge(self) -> None:
@@ -214,13 +242,14 @@ class Convergence(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         """Everything that is known of is sent, applied and acknowledged."""
-        self.push(shared=False)
+        self.push()
         while self.wire or self.agent.outgoing:
             while self.wire:
                 self.carry_to_the_node(twice=False)
             while self.agent.outgoing:
                 self.carry_to_the_controller()
-            self.push(shared=False)
+            self.push()
+        assert not self.asked
 
     @invariant()
     def the_node_has_what_its_revision_means(self) -> None:

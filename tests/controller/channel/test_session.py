@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from controller.channel.pushes import merge
@@ -23,9 +25,15 @@ def greeted(epoch: str = "e", at: int | None = None) -> Session:
 
 def synchronised(revision: int = 5) -> Session:
     session = greeted(at=revision)
-    assert session.wanted() == Wanted(SCOPE, revision)
-    assert session.pushing(SCOPE, revision, DIGEST)
+    assert push(session, revision)
     return session
+
+
+def push(session: Session, revision: int, digest: bytes = DIGEST) -> bool:
+    """Send what is wanted, as if it was read in no time."""
+    wanted = session.wanted()
+    assert wanted is not None
+    return session.pushing(wanted, revision, digest)
 
 
 def applied(revision: int, digest: bytes = DIGEST, *failures: Failure) -> Applied:
@@ -64,15 +72,13 @@ def test_a_second_hello_is_refused() -> None:
 def test_a_node_that_has_everything_is_asked_once_what_it_really_has() -> None:
     session = synchronised()
     session.poke(SCOPE, 0)
-    assert session.wanted() == Wanted(SCOPE, 5)
-    assert not session.pushing(SCOPE, 5, DIGEST)
+    assert not push(session, 5)
 
 
 def test_an_answer_counts_only_for_what_this_session_sent() -> None:
     session = greeted(at=57)  # ahead of this database
     assert session.applied(applied(57), 0) is None
-    session.wanted()
-    session.pushing(SCOPE, 50, DIGEST)
+    push(session, 50)
     with pytest.raises(ProtocolViolation, match="never sent"):
         session.applied(applied(51), 0)
 
@@ -81,8 +87,7 @@ def test_the_time_of_a_push_runs_from_its_first_change() -> None:
     session = synchronised()
     session.poke(SCOPE, 10)
     session.poke(SCOPE, 11)
-    session.wanted()
-    session.pushing(SCOPE, 7, DIGEST)
+    push(session, 7)
     answer = session.applied(applied(7), 14)
     assert answer is not None
     assert answer.seconds == (4,)
@@ -97,7 +102,7 @@ def test_a_mismatch_is_repaired_by_a_snapshot_but_not_in_a_loop() -> None:
     assert answer is not None
     assert answer.mismatch
     assert session.wanted() == Wanted(SCOPE, None)
-    session.pushing(SCOPE, 5, DIGEST)
+    session.pushing(Wanted(SCOPE, None), 5, DIGEST)
     session.applied(applied(5, b"x" * 16), 101)
     assert session.wanted() is None
     session.applied(applied(5, b"x" * 16), 100 + REPAIR_INTERVAL)
@@ -114,8 +119,7 @@ def test_failures_explain_a_mismatch() -> None:
 def test_an_answer_to_an_earlier_push_is_not_compared() -> None:
     session = synchronised()
     session.poke(SCOPE, 0)
-    session.wanted()
-    session.pushing(SCOPE, 6, b"e" * 16)
+    push(session, 6, b"e" * 16)
     answer = session.applied(applied(5), 0)
     assert answer is not None
     assert not answer.mismatch
@@ -123,14 +127,13 @@ def test_an_answer_to_an_earlier_push_is_not_compared() -> None:
 
 def test_a_refused_snapshot_is_held_until_it_is_confirmed() -> None:
     session = greeted("other", at=1)
-    session.wanted()
-    session.pushing(SCOPE, 5, DIGEST)
+    push(session, 5)
     session.refused(Refused(scope=SCOPE, revision=5, reason="too much"), 0)
     session.poke(SCOPE, 1)
     assert session.wanted() is None
     assert session.confirm(SCOPE)
     assert session.wanted() == Wanted(SCOPE, None, confirmed=True)
-    session.pushing(SCOPE, 5, DIGEST)
+    session.pushing(Wanted(SCOPE, None, confirmed=True), 5, DIGEST)
     session.applied(applied(5), 2)
     session.resync(Resync(scope=SCOPE, reason="r"), 3)
     assert session.wanted() == Wanted(SCOPE, None, confirmed=False)  # it was allowed once
@@ -138,8 +141,7 @@ def test_a_refused_snapshot_is_held_until_it_is_confirmed() -> None:
 
 def test_a_refused_snapshot_is_offered_again_later_when_the_rows_have_changed() -> None:
     session = greeted("other", at=1)
-    session.wanted()
-    session.pushing(SCOPE, 5, DIGEST)
+    push(session, 5)
     session.refused(Refused(scope=SCOPE, revision=5, reason="too much"), 0)
     assert not session.compare(SCOPE, 6, REPAIR_INTERVAL - 1)
     assert not session.compare(SCOPE, 5, REPAIR_INTERVAL + 1)
@@ -173,11 +175,9 @@ def test_the_sweep_finds_what_was_missed() -> None:
 def test_a_change_that_the_sweep_saw_before_its_commit_told_is_timed_once() -> None:
     session = synchronised()
     assert session.compare(SCOPE, 6, 10)
-    session.wanted()
-    assert session.pushing(SCOPE, 6, DIGEST)
+    assert push(session, 6)
     session.poke(SCOPE, 11)
-    session.wanted()
-    assert not session.pushing(SCOPE, 6, DIGEST)
+    assert not push(session, 6)
     done = session.applied(applied(6), 12)
     assert done is not None
     assert done.seconds == (2,)
@@ -188,6 +188,36 @@ def test_what_could_not_be_read_stays_wanted() -> None:
     session.wanted()
     session.postpone(SCOPE)
     assert session.wanted() == Wanted(SCOPE, 5)
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        lambda session: session.resync(Resync(scope=SCOPE, reason="r"), 0),
+        lambda session: session.applied(applied(5, b"x" * 16), REPAIR_INTERVAL),
+    ],
+)
+def test_a_delta_that_was_being_read_does_not_stand_for_the_whole(cause: Callable[[Session], object]) -> None:
+    session = synchronised()
+    session.poke(SCOPE, 0)
+    reading = session.wanted()
+    assert reading == Wanted(SCOPE, 5)
+    cause(session)
+    assert not session.pushing(reading, 6, DIGEST)
+    assert session.wanted() == Wanted(SCOPE, None)
+    assert session.pushing(Wanted(SCOPE, None), 6, DIGEST)
+    acknowledged = session.applied(applied(6), 3)
+    assert acknowledged is not None
+    assert acknowledged.seconds == (3,)  # the change is timed although its delta was not sent
+
+
+def test_a_snapshot_that_was_being_read_when_it_was_refused_is_not_sent() -> None:
+    session = synchronised()
+    session.resync(Resync(scope=SCOPE, reason="r"), 0)
+    reading = session.wanted()
+    assert reading == Wanted(SCOPE, None)
+    session.refused(Refused(scope=SCOPE, revision=5, reason="too much"), 0)
+    assert not session.pushing(reading, 5, DIGEST)
 
 
 def change(base: int, upserts: dict[str, bytes], removals: tuple[str, ...] = ()) -> Changes:

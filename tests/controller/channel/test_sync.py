@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from structlog.testing import capture_logs
 
 from controller.channel import connection as connection_module
-from controller.channel.pushes import Pushes, encode_snapshot
+from controller.channel.pushes import Push, Pushes, encode_snapshot
 from controller.channel.session import Wanted
 from controller.desired import service as desired
 from controller.desired.service import node_scope
@@ -442,6 +442,31 @@ async def test_a_node_that_asks_gets_a_snapshot(port: NodePort, database: Databa
     await agent.send(Resync(scope=scope, reason="the disk was full"))
     await until(lambda: len(agent.received(Snapshot)) == 2)
     await converged(database, agent, scope)
+    await agent.close()
+
+
+async def test_a_node_that_asks_while_its_change_is_read_gets_a_snapshot_too(
+    port: NodePort, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, scope = await connected(port)
+    read, reading, go = Pushes._read, asyncio.Event(), asyncio.Event()
+
+    async def slow(pushes: Pushes, wanted: Wanted) -> Push:
+        push = await read(pushes, wanted)
+        reading.set()
+        await go.wait()
+        return push
+
+    monkeypatch.setattr(Pushes, "_read", slow)
+    await put(database, scope, *peers(SNAPSHOT_CHUNK + 1))  # more than its commit tells
+    await reading.wait()
+    agent.resources.clear()
+    with capture_logs() as logs:
+        await agent.send(Resync(scope=scope, reason="the disk was full"))
+        await until(lambda: [entry for entry in logs if entry["event"] == "channel.resync"])
+    go.set()
+    await converged(database, agent, scope)
+    assert not agent.received(Delta)
     await agent.close()
 
 
