@@ -7,6 +7,7 @@ import contextlib
 import errno
 import itertools
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterable
 
@@ -24,6 +25,7 @@ from agent.drivers.netlink.codec import (
     acknowledgement,
     message,
     messages,
+    succeeded,
 )
 
 _SOL_NETLINK = 270
@@ -34,7 +36,9 @@ _NETLINK_EXT_ACK = 11
 _RECEIVE_BYTES = 64 * 1024
 _SOCKET_BUFFER = 4 * 1024 * 1024
 _SMALL_BYTES = 1024
-_TIMEOUT = 30.0
+# The kernel's own timeout: with Python's, each call would be two, as it polls first.
+_TIMEOUT_SECONDS = 30
+_TIMEOUT = struct.pack("@ll", _TIMEOUT_SECONDS, 0)
 _DUMP_ATTEMPTS = 10
 
 
@@ -96,7 +100,7 @@ class Channel:
 
     def _open(self) -> socket.socket:
         opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, self._protocol)
-        opened.settimeout(_TIMEOUT)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
         opened.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         opened.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
@@ -131,13 +135,18 @@ class Channel:
             self._socket = self._open()
             if isinstance(error, OSError) and error.errno == errno.ENOBUFS:
                 raise _Interrupted from error
-            raise DriverError(f"{what}: netlink: {error}") from error
+            late = isinstance(error, BlockingIOError)
+            reason = f"no answer within {_TIMEOUT_SECONDS} seconds" if late else str(error)
+            raise DriverError(f"{what}: netlink: {reason}") from error
 
     def _answer(self, what: str, sequence: int) -> list[bytes]:
         payloads: list[bytes] = []
         interrupted = False
         while True:
-            for part in messages(self._socket.recv(_RECEIVE_BYTES)):
+            datagram = self._socket.recv(_RECEIVE_BYTES)
+            if succeeded(datagram, sequence):
+                return payloads
+            for part in messages(datagram):
                 if part.sequence != sequence:
                     continue
                 interrupted = interrupted or bool(part.flags & NLM_F_DUMP_INTR)

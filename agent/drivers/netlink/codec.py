@@ -27,6 +27,7 @@ _NLMSGERR_ATTR_MSG = 1
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _ERROR = struct.Struct("=i")
+_HEADER_AND_ERROR = struct.Struct("=IHHIIi")
 HEADER_BYTES = _HEADER.size
 
 
@@ -67,6 +68,15 @@ def messages(data: bytes | memoryview) -> Iterator[Message]:
             raise MalformedMessage(f"a message of {length} bytes does not fit")
         yield Message(type_, flags, sequence, view[offset + HEADER_BYTES : offset + length])
         offset += _aligned(length)
+
+
+def succeeded(datagram: bytes, sequence: int) -> bool:
+    """Whether it is the usual answer, one acknowledgement of this request that tells no error; what it is when False
+    is to be found by `messages`."""
+    if len(datagram) < _HEADER_AND_ERROR.size:
+        return False
+    _length, type_, _flags, answered, _port, error = _HEADER_AND_ERROR.unpack_from(datagram)
+    return bool(type_ == NLMSG_ERROR and answered == sequence and error == 0)
 
 
 def acknowledgement(message: Message) -> Acknowledgement:

@@ -14,8 +14,10 @@ from contextlib import contextmanager
 import pytest
 
 from agent.drivers.base import DeviceMissing, DriverError
+from agent.drivers.netlink import channel as channel_module
 from agent.drivers.netlink.channel import Channel, KernelRefused
 from agent.drivers.netlink.codec import (
+    NLM_F_ACK,
     NLM_F_ACK_TLVS,
     NLM_F_CAPPED,
     NLM_F_DUMP_INTR,
@@ -26,6 +28,7 @@ from agent.drivers.netlink.codec import (
     messages,
 )
 
+_NOOP = 1
 _RECORD = 40  # the type of a listed object's message
 Answer = Callable[[int], list[bytes]]  # sequence number -> datagrams
 
@@ -143,3 +146,14 @@ async def test_one_small_request_takes_no_way_through_a_thread() -> None:
 async def test_a_datagram_that_is_no_message_is_an_error() -> None:
     with kernel(lambda _: [b"\xff" * 64]) as (channel, _), pytest.raises(DriverError, match="list: netlink"):
         await channel.dump("list", 1, b"")
+
+
+async def test_a_kernel_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "_TIMEOUT", struct.pack("@ll", 0, 50_000))
+    channel = Channel(socket.NETLINK_ROUTE)
+    try:
+        with pytest.raises(DriverError, match="set wg0: netlink: no answer within 30 seconds"):
+            channel._exchange("set wg0", _NOOP, b"", 0)  # nobody asks for an acknowledgement
+        assert channel._exchange("set wg0", _NOOP, b"", NLM_F_ACK) == []
+    finally:
+        channel.close()

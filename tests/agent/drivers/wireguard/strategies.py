@@ -31,12 +31,20 @@ peers = st.builds(
     preshared_key=st.none() | secrets,
     keepalive=st.integers(0, 65535),
 )
-clients = st.builds(
-    Peer,
-    public_key=secrets,
-    allowed_ips=st.tuples(
-        st.integers(0, (1 << 32) - 1).map(lambda number: f"{IPv4Address(number)}/32"),
-        st.integers(0x2000 << 112, 0xFDFF << 112).map(lambda number: f"{IPv6Address(number)}/128"),
-    ),
-)
+
+
+def clients(*keepalives: int) -> st.SearchStrategy[Peer]:
+    """Peers as a controller makes them: one address of each family."""
+    return st.builds(
+        Peer,
+        public_key=secrets,
+        allowed_ips=st.tuples(
+            st.integers(0, (1 << 32) - 1).map(lambda number: f"{IPv4Address(number)}/32"),
+            st.integers(0x2000 << 112, 0xFDFF << 112).map(lambda number: f"{IPv6Address(number)}/128"),
+        ),
+        preshared_key=st.none() | secrets,
+        keepalive=st.sampled_from(keepalives),
+    )
+
+
 peer_lists = st.lists(peers, max_size=8, unique_by=lambda peer: peer.public_key)
