@@ -41,11 +41,10 @@ class Size:
 
     peers: int = 5000
     recheck_peers: int = 10_000
-    pairs: int = 7
-    changes: int = 15
+    pairs: int = 15
 
 
-QUICK = Size(peers=500, recheck_peers=1000, pairs=3, changes=5)
+QUICK = Size(peers=500, recheck_peers=1000, pairs=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +190,7 @@ async def change(bed: Bed) -> list[Result]:
 
     row = f"change-{bed.driver.backend}"
     measure = f"one new peer beside {len(fleet):,}, {_where(bed)}"
-    against_set = await interleaved(one_of_ours, wg_set, bed.size.changes)
+    against_set = await interleaved(one_of_ours, wg_set, bed.size.pairs)
     against_syncconf = await interleaved(one_of_ours, wg_syncconf, bed.size.pairs)
     return [
         compared(row, measure, "s", against_set, against="wg set", kind=Ratio.FASTER, goal=Goal(at_least=8)),
@@ -223,7 +222,7 @@ async def stats(bed: Bed) -> list[Result]:
     async def theirs() -> float:
         return await bed.wg("show", bed.name, "dump")
 
-    pairs = await interleaved(ours, theirs, bed.size.changes)
+    pairs = await interleaved(ours, theirs, bed.size.pairs)
     goal = Goal(at_most=0.5 if bed.driver.backend == "kernel" else 1.0)
     measure = f"read the counters of {len(fleet):,} peers, {_where(bed)}"
     return [compared(f"stats-{bed.driver.backend}", measure, "s", pairs, against="wg show dump", goal=goal)]

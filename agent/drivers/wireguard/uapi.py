@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import re
 from binascii import unhexlify
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from agent.drivers.wireguard.server import ServerPeer
 from shared.desired import Peer
 from shared.keys import KEY_BYTES, PrivateKey
 from shared.protocol import PeerStats
 
-GET = b"get=1\n\n"
+T = TypeVar("T")
+
+GET = (b"get=1\n\n",)
+_ITEMS_PER_PIECE = 250
 _NO_KEY = "0" * (2 * KEY_BYTES)
 # How wireguard-go writes a peer; another program may order its lines differently and is read line by line.
 _STATS = re.compile(
@@ -61,28 +65,41 @@ class Settings:
     listen_port: int = 0
 
 
-def set_private_key(key: PrivateKey) -> bytes:
-    return f"set=1\nprivate_key={key.raw.hex()}\n\n".encode()
+@dataclass(frozen=True, slots=True, repr=False)
+class Setting(Generic[T]):
+    """A set operation of any number of items. Each iteration makes its text anew, in pieces: the program acts on one
+    while the next is made."""
+
+    items: Sequence[T]
+    lines: Callable[[T], str]
+
+    def __iter__(self) -> Iterator[bytes]:
+        last = max(len(self.items) - 1, 0) // _ITEMS_PER_PIECE
+        for number in range(last + 1):
+            part = self.items[number * _ITEMS_PER_PIECE : (number + 1) * _ITEMS_PER_PIECE]
+            first, end = "" if number else "set=1\n", "\n" if number == last else ""
+            yield f"{first}{''.join(map(self.lines, part))}{end}".encode()
 
 
-def set_listen_port(port: int) -> bytes:
-    return f"set=1\nlisten_port={port}\n\n".encode()
+def set_private_key(key: PrivateKey) -> Setting[PrivateKey]:
+    return Setting([key], lambda key: f"private_key={key.raw.hex()}\n")
 
 
-def set_peers(peers: Iterable[Peer]) -> bytes:
+def set_listen_port(port: int) -> Setting[int]:
+    return Setting([port], lambda port: f"listen_port={port}\n")
+
+
+def set_peers(peers: Sequence[Peer]) -> Setting[Peer]:
     """Add the peers, or make those that exist exactly these; endpoint and counters stay."""
-    return f"set=1\n{''.join(map(_peer, peers))}\n".encode()
+    return Setting(peers, _peer)
 
 
-def set_server(server: ServerPeer) -> bytes:
-    host, port = server.endpoint
-    endpoint = f"endpoint=[{host}]:{port}\n" if host.version == 6 else f"endpoint={host}:{port}\n"
-    return f"set=1\n{_peer(server.peer)}{endpoint}\n".encode()
+def set_server(server: ServerPeer) -> Setting[ServerPeer]:
+    return Setting([server], _server)
 
 
-def remove_peers(public_keys: Iterable[bytes]) -> bytes:
-    lines = "".join([f"public_key={key.hex()}\nremove=true\n" for key in public_keys])
-    return f"set=1\n{lines}\n".encode()
+def remove_peers(public_keys: Sequence[bytes]) -> Setting[bytes]:
+    return Setting(public_keys, lambda key: f"public_key={key.hex()}\nremove=true\n")
 
 
 def parse_error(answer: str) -> str | None:
@@ -144,6 +161,11 @@ def _peer(peer: Peer) -> str:
         f"public_key={peer.public_key.hex()}\npreshared_key={preshared_key}\n"
         f"persistent_keepalive_interval={peer.keepalive}\nreplace_allowed_ips=true\n{allowed_ips}"
     )
+
+
+def _server(server: ServerPeer) -> str:
+    host, port = server.endpoint
+    return f"{_peer(server.peer)}endpoint={f'[{host}]' if host.version == 6 else host}:{port}\n"
 
 
 def _blocks(answer: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import select
 import socket
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from agent.drivers.wireguard import uapi
 
 T = TypeVar("T")
 
-_TIMEOUT = 60.0  # seconds for one operation
+_TIMEOUT = 60.0  # seconds without progress
 _RECEIVE_BYTES = 256 * 1024
 _SMALL = 4096  # bytes of a set operation of a few peers
 _MOMENT = 1  # milliseconds
@@ -35,11 +36,10 @@ class UapiSocket:
             return False
         return True
 
-    async def set(self, what: str, operations: Iterable[bytes]) -> None:
-        """Send set operations one after the other; the first error ends it. `what` opens the error's text."""
+    async def set(self, what: str, operation: Iterable[bytes]) -> None:
+        """Send one set operation; `what` opens the error's text. A part of one that fails may be done."""
         async with self._lock:
-            for operation in operations:
-                await self._checked(what, operation)
+            await self._checked(what, operation)
 
     async def get(self, what: str, parse: Callable[[str], T]) -> T:
         """Ask for everything and return what `parse` makes of it, in a thread; the text has the private key in it."""
@@ -55,7 +55,7 @@ class UapiSocket:
             self._socket.close()
             self._socket = None
 
-    async def _checked(self, what: str, operation: bytes) -> str:
+    async def _checked(self, what: str, operation: Iterable[bytes]) -> str:
         try:
             answer = await self._repeatable(operation)
             words = uapi.parse_error(answer)
@@ -63,7 +63,8 @@ class UapiSocket:
             raise DeviceMissing(f"{what}: {error}") from error
         except (OSError, ValueError) as error:
             self.close()
-            raise DriverError(f"{what}: {self._path}: {error}") from error
+            reason = f"nothing within {_TIMEOUT:g} seconds" if isinstance(error, TimeoutError) else str(error)
+            raise DriverError(f"{what}: {self._path}: {reason}") from error
         except BaseException:  # cancelled in between: the rest of the answer must not be read as the next one
             self.close()
             raise
@@ -72,7 +73,7 @@ class UapiSocket:
             raise DriverError(f"{what}: {words}")
         return answer
 
-    async def _repeatable(self, operation: bytes) -> str:
+    async def _repeatable(self, operation: Iterable[bytes]) -> str:
         """Exchange on the open connection, or on a new one: the program may have been restarted in between."""
         if self._socket is not None:
             try:
@@ -85,12 +86,17 @@ class UapiSocket:
         except ConnectionError as error:
             raise DeviceMissing(f"the program at {self._path} closed the connection") from error
 
-    async def _exchange(self, opened: socket.socket, operation: bytes) -> str:
+    async def _exchange(self, opened: socket.socket, operation: Iterable[bytes]) -> str:
         loop = asyncio.get_running_loop()
         answer = bytearray()  # one that grows: the parts of a large dump would leave holes in the heap
-        async with asyncio.timeout(_TIMEOUT):
-            await loop.sock_sendall(opened, operation)
-            small = len(operation) <= _SMALL and operation != uapi.GET
+        async with asyncio.timeout(_TIMEOUT) as limit:
+            sent = 0
+            with contextlib.suppress(ConnectionError):  # one that is refused is answered before it is read to its end
+                for piece in operation:
+                    await loop.sock_sendall(opened, piece)
+                    sent += len(piece)
+                    limit.reschedule(loop.time() + _TIMEOUT)
+            small = sent <= _SMALL and operation is not uapi.GET
             if small:
                 _wait_a_moment(opened)
             while not answer.endswith(_END):

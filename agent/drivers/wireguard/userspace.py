@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -23,7 +23,6 @@ PROGRAM = "wireguard-go"
 TUN = Path("/dev/net/tun")
 _KIND = "tun"
 # A whole set operation holds the program's lock: bigger ones would keep `wg show` and others waiting for longer.
-_PEERS_PER_OPERATION = 1000
 _PATIENCE = 10.0  # seconds
 
 T = TypeVar("T")
@@ -76,7 +75,7 @@ class UserspaceWireGuard:
             link = await interface.require(self._rtnl, name, _KIND)
         settings = await self._settings(name)
         if settings.private_key != private_key.raw:
-            await self._socket(name).set(f"set the private key of {name}", [uapi.set_private_key(private_key)])
+            await self._socket(name).set(f"set the private key of {name}", uapi.set_private_key(private_key))
         await interface.settle(self._rtnl, link, spec)
         if not link.up:
             await self._bring_up(link)
@@ -86,14 +85,14 @@ class UserspaceWireGuard:
 
     async def apply_peers(self, name: str, peers: Sequence[Peer]) -> None:
         what = f"set {len(peers)} peers of {name}"
-        await self._socket(name).set(what, (uapi.set_peers(part) for part in _parts(peers)))
+        await self._socket(name).set(what, uapi.set_peers(peers))
 
     async def remove_peers(self, name: str, public_keys: Sequence[bytes]) -> None:
         what = f"remove {len(public_keys)} peers of {name}"
-        await self._socket(name).set(what, (uapi.remove_peers(part) for part in _parts(public_keys)))
+        await self._socket(name).set(what, uapi.remove_peers(public_keys))
 
     async def set_server(self, name: str, server: ServerPeer) -> None:
-        await self._socket(name).set(f"set the server of {name}", [uapi.set_server(server)])
+        await self._socket(name).set(f"set the server of {name}", uapi.set_server(server))
 
     async def stats(self, name: str) -> list[PeerStats]:
         return await self._socket(name).get(f"read the counters of {name}", uapi.parse_stats)
@@ -143,7 +142,7 @@ class UserspaceWireGuard:
         Only then is a port in use an error; told before, the program would stay down and say nothing.
         """
         name = link.name
-        await self._socket(name).set(f"reset the port of {name}", [uapi.set_listen_port(0)])
+        await self._socket(name).set(f"reset the port of {name}", uapi.set_listen_port(0))
         await self._rtnl.set_up(link)
 
         async def listening() -> bool:
@@ -153,10 +152,10 @@ class UserspaceWireGuard:
 
     async def _listen(self, name: str, port: int, before: int) -> None:
         try:
-            await self._socket(name).set(f"listen on UDP port {port} for {name}", [uapi.set_listen_port(port)])
+            await self._socket(name).set(f"listen on UDP port {port} for {name}", uapi.set_listen_port(port))
         except DriverError:
             # The program would go on to name the port that it could not open.
-            await self._socket(name).set(f"return {name} to port {before}", [uapi.set_listen_port(before)])
+            await self._socket(name).set(f"return {name} to port {before}", uapi.set_listen_port(before))
             raise
 
     def _public_key(self, private_key: bytes) -> bytes:
@@ -183,7 +182,3 @@ async def _wait_until(condition: Callable[[], Awaitable[bool]], otherwise: str) 
                 await asyncio.sleep(0.01)
     except TimeoutError as error:
         raise DriverError(f"{otherwise} within {_PATIENCE:g} s") from error
-
-
-def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (items[start : start + _PEERS_PER_OPERATION] for start in range(0, len(items), _PEERS_PER_OPERATION))

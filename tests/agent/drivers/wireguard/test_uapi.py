@@ -73,13 +73,24 @@ def test_an_answer_is_read_whatever_the_order_of_its_lines(
 @unhurried
 @given(peer_lists)
 def test_a_set_operation_says_everything_about_each_peer(peers: list[Peer]) -> None:
-    operation = uapi.set_peers(peers).decode()
+    operation = b"".join(uapi.set_peers(peers)).decode()
     assert operation.startswith("set=1\n")
     assert operation.endswith("\n\n") or not peers
     assert "\n\n" not in operation[:-2]
     assert operation.count("replace_allowed_ips=true\n") == len(peers)
     read = uapi.parse_peers(operation.removeprefix("set=1\n").replace("replace_allowed_ips=true\n", ""))
     assert read == tuple(peers)
+
+
+@pytest.mark.parametrize("count", [0, 1, 249, 250, 251, 1000])
+def test_a_large_operation_is_one_in_pieces_that_can_be_made_again(count: int) -> None:
+    keys = [number.to_bytes(32) for number in range(count)]
+    operation = uapi.remove_peers(keys)
+    pieces = list(operation)
+    assert len(pieces) == max(-(-count // 250), 1)
+    lines = "".join(f"public_key={key.hex()}\nremove=true\n" for key in keys)
+    assert b"".join(pieces).decode() == f"set=1\n{lines}\n"
+    assert list(operation) == pieces
 
 
 @unhurried

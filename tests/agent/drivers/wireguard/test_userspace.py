@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.drivers.base import DeviceMissing, DriverError, Unsupported
+from agent.drivers.wireguard import uapisocket
 from agent.drivers.wireguard.userspace import SOCKETS, UserspaceWireGuard
 from shared.desired import Interface, Peer
 from shared.keys import PrivateKey
@@ -168,6 +169,34 @@ async def test_a_program_that_answers_something_else_is_an_error(host: Namespace
         await driver.stats("wg0")
     await driver.close()
     server.close()
+
+
+async def test_a_large_operation_that_is_refused_at_once_is_told_with_its_reason(
+    driver: UserspaceWireGuard, spec: Interface
+) -> None:
+    """The program answers and goes away while most of the text is still to be sent."""
+    await driver.ensure(spec, PrivateKey.generate())
+    bad = Peer(public_key=os.urandom(32), allowed_ips=("10.66.0.0/33",))
+    many = [a_peer() for _ in range(5000)]
+    with pytest.raises(DriverError, match=f"set 5001 peers of {spec.name}: Invalid argument"):
+        await driver.apply_peers(spec.name, [bad, *many])
+    await driver.apply_peers(spec.name, many[:1])
+    assert many[0].public_key in [peer.public_key for peer in await driver.stats(spec.name)]
+    await driver.remove(spec.name)
+
+
+async def test_a_program_that_takes_and_says_nothing_is_an_error(
+    host: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uapisocket, "_TIMEOUT", 0.1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "wg0.sock"))
+        listener.listen()
+        driver = UserspaceWireGuard(sockets=tmp_path)
+        for count in (1, 5000):
+            with pytest.raises(DriverError, match=r"wg0: .*wg0.sock: nothing within 0.1 seconds"):
+                await driver.apply_peers("wg0", [a_peer()] * count)
+        await driver.close()
 
 
 async def test_an_operation_that_was_cancelled_does_not_confuse_the_next(host: Namespace, tmp_path: Path) -> None:
