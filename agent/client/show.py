@@ -234,18 +234,31 @@ def _check_writable(path: Path) -> None:
     """Raise Failure, before a connection is opened for what then cannot be kept."""
     if path.is_dir():
         raise Failure(f"{path} is a directory: name a file in it")
+    if _is_device(path):
+        return
+    folder = path.resolve().parent
     try:
-        tempfile.TemporaryFile(dir=path.parent).close()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise Failure(f"{path} cannot be written: {path.parent}: {error.strerror}") from error
+        raise Failure(f"{path} cannot be written: {folder}: {error.strerror}") from error
 
 
 def _write(data: bytes, path: Path | None) -> None:
-    if path is not None:
-        files.write_private(path, data)
-    else:
+    if path is None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+    elif _is_device(path):
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise Failure(f"{path}: {error.strerror}") from error
+    else:
+        files.write_private(path.resolve(), data)  # a link stays one
+
+
+def _is_device(path: Path) -> bool:
+    """Whether it is a device or a pipe, which is written to and never replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 async def _only_connection(api: Api, profile: Profile) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,6 +133,50 @@ async def test_config_goes_to_a_private_file(logged_in: Cli, controller: FakeCon
     assert outcome.status == 0 and outcome.out == ""
     assert (home / "tunnel.conf").read_text() == controller.conf
     assert stat.S_IMODE((home / "tunnel.conf").stat().st_mode) == 0o600
+
+
+async def test_config_goes_where_a_link_leads(logged_in: Cli, controller: FakeController, home: Path) -> None:
+    controller.connections = [dict(LISTED)]
+    controller.conf = "[Interface]\n"
+    (home / "kept").mkdir()
+    (home / "link.conf").symlink_to(home / "kept" / "tunnel.conf")
+
+    outcome = await logged_in("config", "--file", str(home / "link.conf"))
+
+    assert outcome.status == 0
+    assert (home / "link.conf").is_symlink()
+    assert (home / "kept" / "tunnel.conf").read_text() == controller.conf
+    assert stat.S_IMODE((home / "kept" / "tunnel.conf").stat().st_mode) == 0o600
+
+
+async def test_config_goes_into_a_pipe_and_does_not_replace_it(
+    logged_in: Cli, controller: FakeController, home: Path
+) -> None:
+    controller.connections = [dict(LISTED)]
+    controller.conf = "[Interface]\n"
+    os.mkfifo(home / "pipe")
+    reader = os.open(home / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+
+    outcome = await logged_in("config", "--file", str(home / "pipe"))
+
+    assert outcome.status == 0
+    assert os.read(reader, 100).decode() == controller.conf
+    assert (home / "pipe").is_fifo()
+    os.close(reader)
+
+
+async def test_what_cannot_be_written_to_is_told_and_not_replaced(
+    logged_in: Cli, controller: FakeController, home: Path
+) -> None:
+    controller.connections = [dict(LISTED)]
+    controller.conf = "[Interface]\n"
+    with socket.socket(socket.AF_UNIX) as special:
+        special.bind(str(home / "special"))
+
+        outcome = await logged_in("config", "--file", str(home / "special"))
+
+    assert outcome.status == 1 and f"{home / 'special'}: No such device" in outcome.err
+    assert (home / "special").is_socket()
 
 
 @pytest.mark.parametrize("place", ["nowhere/x.conf", "."])
