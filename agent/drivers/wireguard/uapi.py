@@ -66,8 +66,8 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Setting(Generic[T]):
-    """A set operation of any number of items. Each iteration makes its text anew, in pieces: the program acts on one
+class SetOperation(Generic[T]):
+    """A set operation on any number of items. Each iteration makes its text anew, in pieces: the program acts on one
     while the next is made."""
 
     items: Sequence[T]
@@ -81,25 +81,25 @@ class Setting(Generic[T]):
             yield f"{first}{''.join(map(self.lines, part))}{end}".encode()
 
 
-def set_private_key(key: PrivateKey) -> Setting[PrivateKey]:
-    return Setting([key], lambda key: f"private_key={key.raw.hex()}\n")
+def set_private_key(key: PrivateKey) -> SetOperation[PrivateKey]:
+    return SetOperation([key], lambda key: f"private_key={key.raw.hex()}\n")
 
 
-def set_listen_port(port: int) -> Setting[int]:
-    return Setting([port], lambda port: f"listen_port={port}\n")
+def set_listen_port(port: int) -> SetOperation[int]:
+    return SetOperation([port], lambda port: f"listen_port={port}\n")
 
 
-def set_peers(peers: Sequence[Peer]) -> Setting[Peer]:
+def set_peers(peers: Sequence[Peer]) -> SetOperation[Peer]:
     """Add the peers, or make those that exist exactly these; endpoint and counters stay."""
-    return Setting(peers, _peer)
+    return SetOperation(peers, _peer)
 
 
-def set_server(server: ServerPeer) -> Setting[ServerPeer]:
-    return Setting([server], _server)
+def set_server(server: ServerPeer) -> SetOperation[ServerPeer]:
+    return SetOperation([server], _server)
 
 
-def remove_peers(public_keys: Sequence[bytes]) -> Setting[bytes]:
-    return Setting(public_keys, lambda key: f"public_key={key.hex()}\nremove=true\n")
+def remove_peers(public_keys: Sequence[bytes]) -> SetOperation[bytes]:
+    return SetOperation(public_keys, lambda key: f"public_key={key.hex()}\nremove=true\n")
 
 
 def parse_error(answer: str) -> str | None:
