@@ -53,7 +53,10 @@ class Passwords:
             self._argon2.hash(password)  # as long as to check one
             return False
         if _is_bcrypt(hashed):
-            return b"\0" not in password and bcrypt.checkpw(password[:_BCRYPT_BYTES], hashed.encode())
+            try:
+                return b"\0" not in password and bcrypt.checkpw(password[:_BCRYPT_BYTES], hashed.encode())
+            except ValueError:  # it only looks like one
+                return False
         return self._check(hashed, password)
 
     def _check(self, hashed: str, password: bytes) -> bool:
