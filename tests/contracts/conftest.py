@@ -19,7 +19,7 @@ async def world(database: Database) -> AsyncIterator[World]:
 
 @pytest.fixture(params=["", "/skynet"], ids=["at /api", "at /skynet/api"])
 async def api(request: pytest.FixtureRequest, world: World) -> AsyncIterator[Api]:
-    async with serve(world) as served:
+    async with serve(world, world.skynet, world.irssh) as served:
         yield served.at(request.param)
 
 

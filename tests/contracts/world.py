@@ -16,6 +16,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from controller.access.logins import Logins
+from controller.access.members import Members
 from controller.access.service import Access
 from controller.accounts.administration import Administration
 from controller.accounts.newpassword import PasswordChanges
@@ -24,7 +25,7 @@ from controller.accounts.principal import Plan, Role
 from controller.accounts.service import Accounts, hold_account
 from controller.config import Passwords as PasswordSettings
 from controller.config import RateLimit
-from controller.contracts import kit, skynet
+from controller.contracts import irssh, kit, skynet
 from controller.contracts.kit import AccessLog, Contract, HttpSettings
 from controller.contracts.kit.listener import Handle
 from controller.desired import service as desired
@@ -35,14 +36,16 @@ from controller.fleet.protocols import Protocols
 from controller.fleet.settings import FleetSettings
 from controller.fleet.tables import NodeRow
 from controller.fleet.vpnkeys import load_keys
-from controller.store.database import Database
+from controller.store.database import Database, Transaction
 from controller.store.types import new_id, now
 from controller.tunnels.addresses import Pool
-from controller.tunnels.ending import end_account
+from controller.tunnels.ending import end_account, end_by_ids
 from controller.tunnels.live import LiveStates
 from controller.tunnels.metrics import Metrics
 from controller.tunnels.peers import Peers
 from controller.tunnels.service import Tunnels, TunnelSettings
+from controller.usage.limits import Limits
+from controller.usage.sessions import Sessions
 from shared import desired as resources
 from shared.access import Credential
 from shared.keys import PrivateKey, decode_key
@@ -51,7 +54,7 @@ from shared.protocol import PeerStats, Report, SessionStats
 PASSWORD = "correct horse battery"
 HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPl2u3b3cJ7sU2y7m0uK4m8Qm2dG9v0o3w5sX1pQwZkE"
 UNLIMITED = RateLimit(requests=0, auth_requests=0)
-SETTINGS = HttpSettings(rate_limits={"skynet": UNLIMITED, "tiny": UNLIMITED}, body_seconds=1.0)
+SETTINGS = HttpSettings(rate_limits=dict.fromkeys(("skynet", "irssh", "tiny"), UNLIMITED), body_seconds=1.0)
 
 
 @dataclass
@@ -66,6 +69,8 @@ class World:
     protocols: Protocols
     live: LiveStates
     tunnels: Tunnels
+    members: Members
+    sessions: Sessions
     nodes: dict[str, str] = field(default_factory=dict)  # name -> id
     applies: bool = True  # whether a node acknowledges what it is sent
     reports: int = 0
@@ -73,6 +78,10 @@ class World:
     @property
     def skynet(self) -> Contract:
         return skynet.contract(self.accounts, self.directory, self.tunnels)
+
+    @property
+    def irssh(self) -> Contract:
+        return irssh.contract(self.accounts, self.members, self.protocols, self.sessions, self.directory)
 
     async def add_node(
         self,
@@ -172,7 +181,14 @@ async def build_world(database: Database) -> AsyncIterator[World]:
     changes = PasswordChanges(passwords, [access])
     accounts = Accounts(database, passwords, session_life=timedelta(hours=24), changes=changes)
     administration = Administration(database, changes, [end_account, access.end_account])
-    made = World(database, accounts, administration, access, directory, protocols, live, tunnels)
+    sessions = Sessions(database, live.book, end_by_ids)
+    live.on_written(sessions.on_written)
+
+    async def refresh(tx: Transaction, user_id: str) -> None:
+        await access.refresh(tx, user_id)
+
+    members = Members(database, accounts, administration, access, Limits(refresh))
+    made = World(database, accounts, administration, access, directory, protocols, live, tunnels, members, sessions)
     await made.add_node("fra-1")
     await made.add_node("nyc-1", plan=Plan.ENTERPRISE)
     for name, plan in (("alice", Plan.PRO), ("bob", Plan.FREE)):

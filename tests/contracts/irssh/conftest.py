@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 
-from controller.access.members import Members
 from controller.accounts.principal import Role
 from controller.accounts.service import Client
-from controller.config import RateLimit
-from controller.contracts import irssh
 from controller.contracts.kit import Contract
 from controller.desired import service as desired
-from controller.store.database import Transaction
-from controller.tunnels.ending import end_by_ids
-from controller.usage.limits import Limits
-from controller.usage.sessions import Sessions
 from shared import desired as resources
 from shared.desired import Payload
 from shared.protocol import Report, SessionStats
-from tests.contracts.world import PASSWORD, SETTINGS, Api, World, serve
-
-UNLIMITED = RateLimit(requests=0, auth_requests=0)
+from tests.contracts.world import PASSWORD, Api, World, serve
 
 
 @dataclass
 class Panel:
-    """What the panel's contract works on, as it is composed."""
+    """What the panel's contract works on, and what comes of it."""
 
     world: World
-    members: Members
-    sessions: Sessions
 
     @property
     def contract(self) -> Contract:
-        world = self.world
-        return irssh.contract(world.accounts, self.members, world.protocols, self.sessions, world.directory)
+        return self.world.irssh
 
     async def resources(self, scope: str) -> dict[str, Payload]:
         """What the nodes of a scope have to run, by key."""
@@ -57,22 +45,14 @@ class Panel:
 
 @pytest.fixture
 async def panel(world: World) -> Panel:
-    sessions = Sessions(world.database, world.live.book, end_by_ids)
-    world.live.on_written(sessions.on_written)
-
-    async def refresh(tx: Transaction, user_id: str) -> None:
-        await world.access.refresh(tx, user_id)
-
-    members = Members(world.database, world.accounts, world.administration, world.access, Limits(refresh))
     await world.add_node("all-1", protocols="wireguard openvpn ssh l2tp")
     await world.accounts.create_user("root-a", "root@example.com", PASSWORD, Role.ADMIN)
-    return Panel(world, members, sessions)
+    return Panel(world)
 
 
 @pytest.fixture(params=["", "/irssh"], ids=["at /api", "at /irssh/api"])
 async def api(request: pytest.FixtureRequest, world: World, panel: Panel) -> AsyncIterator[Api]:
-    settings = replace(SETTINGS, rate_limits={"skynet": UNLIMITED, "irssh": UNLIMITED})
-    async with serve(world, world.skynet, panel.contract, settings=settings) as served:
+    async with serve(world, world.skynet, panel.contract) as served:
         yield served.at(request.param)
 
 

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from controller.accounts.tables import UserRow
 from controller.tunnels.tables import ConnectionRow
 from shared.keys import PrivateKey
-from tests.contracts.skynet.test_endpoints import connect, refused
+from tests.contracts.skynet.test_endpoints import connect, refused, refused_login
 from tests.contracts.world import PASSWORD, Api, World
 
 UNPRINTABLE = ["a\nb", "a\r\nb: c", "a\0b", "\x1b[2J", "a\x7fb", "a\u2028b", "a\u2029b", "", "a" * 65_000]
@@ -33,7 +33,8 @@ PRINTABLE = [
 @pytest.mark.parametrize("text", UNPRINTABLE, ids=lambda text: ascii(text[:8]))
 async def test_unprintable_text_is_refused_and_named_everywhere(alice: Api, world: World, text: str) -> None:
     wanted = {"server_id": world.nodes["fra-1"], "protocol": "wireguard"}
-    refused(await alice.post("/api/auth/login", {"username": text, "password": PASSWORD}), 400, "username: ")
+    login = await alice.post("/api/auth/login", {"username": text, "password": PASSWORD})
+    refused_login(alice, login, 400, "username: ")
     refused(await alice.post("/api/connections", wanted | {"device_id": text}), 400, "device_id: ")
     refused(await alice.post("/api/connections", wanted | {"server_id": text}), 400, "server_id: ")
     refused(await alice.post("/api/connections", wanted | {"public_key": text}), 400, "public_key: ")
