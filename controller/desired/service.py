@@ -5,7 +5,7 @@ Payloads carry preshared keys: they rest sealed, each for its own row. One that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -128,6 +128,29 @@ async def state(connection: AsyncConnection, secrets: SecretBox, scope: str) -> 
         return State(scope, 0, desired.EMPTY_DIGEST, [])
     resources = [_opened(secrets, scope, row.kind, row.key, row.payload) for row in rows if row.deleted is False]
     return State(scope, rows[0].revision, rows[0].digest, resources)
+
+
+async def names(connection: AsyncConnection, kind: Kind) -> list[tuple[str, str]]:
+    """The scope and the key of each resource of this kind."""
+    present = sa.select(DesiredRow.scope, DesiredRow.key).where(DesiredRow.kind == kind, sa.not_(DesiredRow.deleted))
+    return [(row.scope, row.key) for row in await connection.execute(present)]
+
+
+async def newest(
+    session: AsyncSession, kinds: Collection[Kind], scope: str | None = None
+) -> dict[tuple[str, Kind], int]:
+    """By scope and kind, the revision that changed a resource last; of one scope or of all."""
+    present = sa.select(DesiredRow.scope, DesiredRow.kind, sa.func.max(DesiredRow.revision).label("revision")).where(
+        DesiredRow.kind.in_(kinds), sa.not_(DesiredRow.deleted)
+    )
+    if scope is not None:
+        present = present.where(DesiredRow.scope == scope)
+    rows = await session.execute(present.group_by(DesiredRow.scope, DesiredRow.kind))
+    return {(row.scope, Kind(row.kind)): row.revision for row in rows}
+
+
+async def scopes_with_tombstones(session: AsyncSession) -> set[str]:
+    return set(await session.scalars(sa.select(DesiredRow.scope).where(DesiredRow.deleted).distinct()))
 
 
 async def purge(tx: Transaction, scope: str, applied: int) -> int:

@@ -14,7 +14,6 @@ import structlog
 from sqlalchemy.dialects import postgresql, sqlite
 
 from controller.desired import service as desired
-from controller.desired.tables import DesiredRow
 from controller.fleet.nodes import printable
 from controller.fleet.offer import known_protocols, scopes_of
 from controller.fleet.tables import AppliedRow, NodeRow
@@ -112,7 +111,7 @@ class Progress:
     async def purge(self) -> int:
         """Drop the tombstones that every node of their scope has applied; return how many."""
         async with self._database.read() as session:
-            scopes = set(await session.scalars(sa.select(DesiredRow.scope).where(DesiredRow.deleted).distinct()))
+            scopes = await desired.scopes_with_tombstones(session)
             nodes = await session.execute(
                 sa.select(NodeRow.id, NodeRow.protocols).where(NodeRow.last_seen_at > now() - _ABSENT)
             )

@@ -11,7 +11,6 @@ import sqlalchemy as sa
 import structlog
 
 from controller.desired import service as desired
-from controller.desired.tables import DesiredRow
 from controller.events.service import EventKind, emit
 from controller.store.bulk import batched
 from controller.store.database import Committed, Database, Topic, Transaction
@@ -56,12 +55,8 @@ class Sessions:
     async def load(self) -> None:
         """Read which sessions nodes were told to end."""
         async with self._database.connect() as connection:
-            rows = await connection.execute(
-                sa.select(DesiredRow.scope, DesiredRow.key).where(
-                    DesiredRow.kind == Kind.SESSION_END, DesiredRow.deleted.is_(False)
-                )
-            )
-            found = {(row.scope.removeprefix("node:"), row.key) for row in rows}
+            told = await desired.names(connection, Kind.SESSION_END)
+        found = {(scope.removeprefix(desired.node_scope("")), key) for scope, key in told}
         self._asked |= found
         self._over |= {asked for asked in found if self._book.get(*asked) is None}
 
