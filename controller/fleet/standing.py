@@ -10,12 +10,11 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from controller.desired import service as desired
-from controller.desired.tables import DesiredRow
 from controller.fleet.nodes import NodeStatus
 from controller.fleet.offer import known_protocols
-from controller.fleet.servers import KINDS, PROTOCOLS
+from controller.fleet.servers import KINDS
 from controller.fleet.tables import AppliedRow, NodeRow
-from shared.resource import Kind, Protocol
+from shared.resource import Protocol
 
 _ADMITTED = [status for status in NodeStatus if status.admitted]
 _OWN = sa.literal(desired.node_scope("")).concat(AppliedRow.node_id)
@@ -35,24 +34,17 @@ class Standing:
 async def read(session: AsyncSession, node_id: str | None = None) -> Mapping[Protocol, Sequence[Standing]]:
     """Of the nodes that offer each protocol and are in service, or of one node."""
     nodes = sa.select(NodeRow).where(NodeRow.enrolled_at.is_not(None), NodeRow.status.in_(_ADMITTED))
-    server = sa.select(DesiredRow.scope, DesiredRow.kind, sa.func.max(DesiredRow.revision).label("revision")).where(
-        DesiredRow.kind.in_(list(KINDS.values())), sa.not_(DesiredRow.deleted)
-    )
     applied = sa.select(AppliedRow.node_id, AppliedRow.revision, AppliedRow.servers).where(AppliedRow.scope == _OWN)
     if node_id is not None:
         nodes = nodes.where(NodeRow.id == node_id)
-        server = server.where(DesiredRow.scope == desired.node_scope(node_id))
         applied = applied.where(AppliedRow.node_id == node_id)
-    wanted = {
-        (row.scope, PROTOCOLS[Kind(row.kind)]): row.revision
-        for row in await session.execute(server.group_by(DesiredRow.scope, DesiredRow.kind))
-    }
+    wanted = await desired.newest(session, KINDS.values(), desired.node_scope(node_id) if node_id is not None else None)
     reached = {row.node_id: (row.revision, servers_from(row.servers)) for row in await session.execute(applied)}
     found: dict[Protocol, list[Standing]] = {protocol: [] for protocol in Protocol}
     for node in await session.scalars(nodes.order_by(NodeRow.name)):
         revision, problems = reached.get(node.id, (-1, {}))
         for protocol in known_protocols(node.protocols.split()):
-            due = wanted.get((desired.node_scope(node.id), protocol))
+            due = wanted.get((desired.node_scope(node.id), KINDS[protocol]))
             done = due is not None and revision >= due
             found[protocol].append(Standing(node.name, done, problems.get(protocol) if done else None))
     return found
