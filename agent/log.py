@@ -8,10 +8,12 @@ from typing import TextIO, cast
 
 import structlog
 
-from shared.logstream import LogStream
+from shared.logstream import LogStream, take_standard_logging
 
 
 def configure(level: str) -> None:
+    number = logging.getLevelNamesMapping()[level.upper()]
+    stream = LogStream(sys.stderr.buffer)
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -19,7 +21,8 @@ def configure(level: str) -> None:
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(default=str),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, LogStream(sys.stderr.buffer))),
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, stream)),
         cache_logger_on_first_use=False,
     )
+    take_standard_logging(stream, number)

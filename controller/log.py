@@ -9,10 +9,9 @@ from typing import BinaryIO, cast
 
 import orjson
 import structlog
-from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, WrappedLogger
 
-from shared.logstream import LogStream
+from shared.logstream import LogStream, take_standard_logging
 
 request_id_var: ContextVar[str] = ContextVar("request_id")
 """Of the request that is being answered; every event that is logged meanwhile tells it."""
@@ -34,20 +33,7 @@ def configure(level: str) -> None:
         logger_factory=structlog.BytesLoggerFactory(cast(BinaryIO, stream)),
         cache_logger_on_first_use=True,
     )
-    # Libraries that use the standard logging speak in the same form, warnings and worse only.
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(
-        ProcessorFormatter(
-            foreign_pre_chain=[
-                structlog.stdlib.add_logger_name,
-                structlog.stdlib.add_log_level,
-                structlog.processors.TimeStamper(fmt="iso", utc=True),
-                structlog.processors.format_exc_info,
-            ],
-            processors=[ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer(default=str)],
-        )
-    )
-    logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler])
+    take_standard_logging(stream, number)
 
 
 def add_request_id(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
@@ -41,6 +43,30 @@ class LogStream:
         self._stream.flush()
 
 
+def take_standard_logging(stream: LogStream, level: int) -> None:
+    """Have libraries that use the standard logging speak in the same form, warnings and worse only."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_JsonLine())
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler])
+
+
+class _JsonLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        event = {
+            "event": record.getMessage(),
+            "logger": record.name,
+            "level": record.levelname.lower(),
+            "timestamp": _iso(record.created),
+        }
+        if record.exc_info:
+            event["exception"] = self.formatException(record.exc_info)
+        return json.dumps(event)
+
+
 def _lost(lines: int) -> bytes:
-    event = {"event": "log.lost", "lines": lines, "level": "warning", "timestamp": datetime.now(UTC).isoformat()}
+    event = {"event": "log.lost", "lines": lines, "level": "warning", "timestamp": _iso(time.time())}
     return json.dumps(event).encode() + b"\n"
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")

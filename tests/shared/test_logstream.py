@@ -68,3 +68,15 @@ def test_both_sides_log_to_a_full_disk_and_go_on(side: str) -> None:
             [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=full, timeout=60
         )
     assert (done.returncode, done.stdout) == (0, b"alive\n")
+
+
+@pytest.mark.parametrize("side", ["agent", "controller"])
+def test_libraries_and_both_sides_log_json_lines(side: str) -> None:
+    program = f"from {side} import log; import structlog, logging; log.configure('info'); "
+    program += "structlog.get_logger().info('one', a=1); logging.getLogger('lib').warning('two %s', 'words')\n"
+    program += "try: 1 / 0\nexcept ZeroDivisionError: logging.getLogger('lib').exception('three')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60, check=True)
+    one, two, three = map(json.loads, done.stderr.splitlines())
+    assert (one["event"], one["level"], one["a"]) == ("one", "info", 1)
+    assert (two["event"], two["level"], two["logger"]) == ("two words", "warning", "lib")
+    assert three["level"] == "error" and "ZeroDivisionError" in three["exception"]
