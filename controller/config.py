@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from sqlalchemy import make_url
@@ -26,6 +26,7 @@ from shared.settings import SettingsError, check, load
 ENVIRONMENT_PREFIX = "SKYNETVPN"
 CONTRACTS = ("skynet", "skypanel", "prime", "cloudvps", "irssh")
 _SECRET_BYTES = 32
+T = TypeVar("T")
 _DRIVERS = {"sqlite+aiosqlite": "aiosqlite", "postgresql+asyncpg": "asyncpg"}  # scheme of a URL -> its package
 
 
@@ -261,16 +262,25 @@ def read_config(path: Path, environ: Mapping[str, str]) -> Config:
     except yaml.YAMLError as error:
         raise SettingsError(str(path), [f"is not YAML: {error}"]) from error
     base = path.resolve().parent
-    config = load(Config, mapping, environ=environ, prefix=ENVIRONMENT_PREFIX, source=str(path))
-    config = replace(
+    config, problems = None, []
+    try:
+        config = load(Config, mapping, environ=environ, prefix=ENVIRONMENT_PREFIX, source=str(path))
+    except SettingsError as error:
+        problems = error.problems
+    if isinstance(mapping, Mapping):  # what else there is to say of settings that can be read, whatever the others are
+        if (keys := _read_part(_Keys, mapping, environ)) is not None:
+            problems += _dangers(base / keys.secret_key_file, base / keys.ca_directory / "ca.key")
+        problems += _exposed(path, mapping, environ)
+        if (networks := _read_part(_Networks, mapping, environ)) is not None:
+            problems += _overlaps(networks)
+    if config is None or problems:
+        raise SettingsError(str(path), problems)
+    return replace(
         config,
         ca_directory=base / config.ca_directory,
         secret_key_file=base / config.secret_key_file,
         database_url=_absolute_sqlite(config.database_url, base),
     )
-    if problems := _dangers(config) + _exposed(path, mapping, config) + _overlaps(config):
-        raise SettingsError(str(path), problems)
-    return config
 
 
 def read_secrets(path: Path) -> SecretBox:
@@ -303,9 +313,30 @@ def split_address(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def _dangers(config: Config) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    ca_directory: Path
+    secret_key_file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Networks:
+    tunnel: Tunnel = Tunnel()
+    protocols: Protocols = Protocols()
+
+
+def _read_part(cls: type[T], mapping: Mapping[str, Any], environ: Mapping[str, str]) -> T | None:
+    """Some of the settings; None where one of them cannot be read."""
+    part = {name: mapping[name] for name in cls.__annotations__ if name in mapping}
+    try:
+        return load(cls, part, environ=environ, prefix=ENVIRONMENT_PREFIX)
+    except SettingsError:
+        return None
+
+
+def _dangers(secret_key_file: Path, ca_key: Path) -> list[str]:
     problems = []
-    for name, path in (("secret_key_file", config.secret_key_file), ("ca_directory", config.ca_directory / "ca.key")):
+    for name, path in (("secret_key_file", secret_key_file), ("ca_directory", ca_key)):
         try:
             mode = path.stat().st_mode
         except OSError as error:
@@ -314,32 +345,38 @@ def _dangers(config: Config) -> list[str]:
         if stat.S_IMODE(mode) & 0o077:
             problems.append(f"{name}: {path} can be read by others; run chmod 600 {path}")
     try:
-        if config.secret_key_file.is_file():
-            read_secrets(config.secret_key_file)
+        if secret_key_file.is_file():
+            read_secrets(secret_key_file)
     except SettingsError as error:
         problems += [f"secret_key_file: {problem}" for problem in error.problems]
     except OSError as error:
-        problems.append(f"secret_key_file: {config.secret_key_file} cannot be read: {error.strerror}")
+        problems.append(f"secret_key_file: {secret_key_file} cannot be read: {error.strerror}")
     return problems
 
 
-def _exposed(path: Path, mapping: Mapping[str, Any], config: Config) -> list[str]:
+def _exposed(path: Path, mapping: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
     """The settings are no secret, but for a database's password."""
-    written = mapping.get("database_url") == config.database_url and make_url(config.database_url).password is not None
-    if not written or not path.stat().st_mode & 0o077:
+    url = mapping.get("database_url")
+    if f"{ENVIRONMENT_PREFIX}_DATABASE_URL" in environ or not isinstance(url, str) or not path.stat().st_mode & 0o077:
+        return []
+    try:
+        if make_url(url).password is None:
+            return []
+    except (ArgumentError, ValueError):
         return []
     return [f"database_url: holds a password, and {path} can be read by others; run chmod 600 {path}"]
 
 
-def _overlaps(config: Config) -> list[str]:
+def _overlaps(networks: _Networks) -> list[str]:
     """One packet filter and one routing table of a node serve all its protocols."""
+    tunnel, protocols = networks.tunnel, networks.protocols
     pools = {
-        "tunnel.ipv4_pool": config.tunnel.ipv4_pool,
-        "tunnel.ipv6_pool": config.tunnel.ipv6_pool,
-        "protocols.openvpn.ipv4_pool": config.protocols.openvpn.ipv4_pool,
-        "protocols.openvpn.ipv6_pool": config.protocols.openvpn.ipv6_pool,
-        "protocols.ssh.ipv4_pool": config.protocols.ssh.ipv4_pool,
-        "protocols.l2tp.ipv4_pool": config.protocols.l2tp.ipv4_pool,
+        "tunnel.ipv4_pool": tunnel.ipv4_pool,
+        "tunnel.ipv6_pool": tunnel.ipv6_pool,
+        "protocols.openvpn.ipv4_pool": protocols.openvpn.ipv4_pool,
+        "protocols.openvpn.ipv6_pool": protocols.openvpn.ipv6_pool,
+        "protocols.ssh.ipv4_pool": protocols.ssh.ipv4_pool,
+        "protocols.l2tp.ipv4_pool": protocols.l2tp.ipv4_pool,
     }
     return [
         f"{name}: {pools[name]} overlaps {pools[other]} of {other}; give one of them another network"

@@ -160,9 +160,34 @@ def test_a_wrong_setting_is_named(directory: Path, settings: dict[str, object], 
 
 
 def test_all_problems_are_told_at_once(directory: Path) -> None:
-    told = problems(directory, {"SKYNETVPN_LOGIN_HOURS": "-1"}, listen="8080", colour="red")
-    for expected in ("listen: ", "colour: unknown setting", "login_hours (from SKYNETVPN_LOGIN_HOURS): "):
+    (directory / "secret.key").chmod(0o644)
+    (directory / "secret.key").write_text("changeme")
+    (directory / "ca/ca.key").unlink()
+    told = problems(
+        directory,
+        {"SKYNETVPN_LOGIN_HOURS": "-1"},
+        listen="8080",
+        colour="red",
+        database_url=POSTGRESQL,
+        tunnel={"ipv4_pool": "10.67.0.0/24"},
+    )
+    for expected in (
+        "listen: ",
+        "colour: unknown setting",
+        "login_hours (from SKYNETVPN_LOGIN_HOURS): ",
+        "secret.key can be read by others",
+        "secret_key_file: line 1: ",
+        "ca.key cannot be read: No such file",
+        "database_url: holds a password",
+        "protocols.openvpn.ipv4_pool: 10.67.0.0/16 overlaps 10.67.0.0/24 of tunnel.ipv4_pool",
+    ):
         assert expected in told
+
+
+def test_a_problem_is_told_once(directory: Path) -> None:
+    wrong = {"database_url": "mysql://u@h/d", "secret_key_file": 7, "tunnel": {"ipv4_pool": "everywhere"}}
+    told = problems(directory, None, **wrong).splitlines()
+    assert [problem.partition(":")[0] for problem in told] == ["database_url", "secret_key_file", "tunnel.ipv4_pool"]
 
 
 @pytest.mark.parametrize("name", ["secret.key", "ca/ca.key"])
