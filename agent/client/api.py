@@ -45,7 +45,7 @@ class Connection(msgspec.Struct, frozen=True):
     rx: int = 0  # bytes that the server received from the client
     tx: int = 0
     latest_handshake: str | None = None
-    refusal: str | None = None  # what keeps the account out now; only in the list
+    refusal: str | None = None  # what keeps it out now; only in the list
 
 
 class TunnelConfig(msgspec.Struct, frozen=True):

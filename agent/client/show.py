@@ -55,7 +55,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     latest_handshake: str | None
     interface: str | None
     netns: str | None
-    refusal: str | None  # what keeps the account out now
+    refusal: str | None  # what keeps it out now
     local: Local | None  # None: it is not there any more, or never was on this machine
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -48,6 +48,14 @@ async def read(session: AsyncSession, node_id: str | None = None) -> Mapping[Pro
             done = due is not None and revision >= due
             found[protocol].append(Standing(node.name, done, problems.get(protocol) if done else None))
     return found
+
+
+async def ailing(session: AsyncSession, node_ids: Collection[str]) -> set[tuple[str, str]]:
+    """The node and the protocol of each server that does not run as it should, by what the node said last."""
+    told = sa.select(AppliedRow.node_id, AppliedRow.servers).where(
+        AppliedRow.node_id.in_(node_ids), AppliedRow.scope == _OWN
+    )
+    return {(row.node_id, name) for row in await session.execute(told) for name in servers_from(row.servers)}
 
 
 def servers_from(text: str) -> dict[str, str]:

@@ -25,4 +25,4 @@ class Connection:
     rx: int  # bytes from the client
     tx: int  # bytes to the client
     applied: bool | None = None  # whether the node had acknowledged it in time; None = nobody waited
-    refusal: str | None = None  # why the node lets its client in no (second) time now, where it is not in
+    refusal: str | None = None  # what keeps its client out now, where it is not in

@@ -17,6 +17,7 @@ from controller.access.logins import Logins
 from controller.accounts.principal import Plan, Principal
 from controller.desired import service as desired
 from controller.errors import InvalidInput
+from controller.fleet import standing
 from controller.fleet.directory import Directory, Server, ServerStatus
 from controller.fleet.errors import ServerNotFound
 from controller.store.database import Database, StoreUnavailable
@@ -164,7 +165,9 @@ class Tunnels:
                 )
             )
             found = [self._connection(row, self._peers.addresses(slot)) for row, slot in rows]
-        return [one if one.status is Status.CONNECTED else replace(one, refusal=refusal) for one in found]
+            out = {one.server_id for one in found if one.status is not Status.CONNECTED}
+            ailing = await standing.ailing(session, out) if refusal is None and out else set()
+        return [self._explained(one, refusal, ailing) for one in found]
 
     async def terminate(self, principal: Principal, connection_id: str, wait: float | None = None) -> Connection:
         """End a connection for ever; raise ConnectionNotFound, also where it has ended before."""
@@ -235,6 +238,14 @@ class Tunnels:
         if most is not None and live >= most:
             return str(errors.AccountBlocked(reason=f"{live} of {most} sessions are in use; end one of them"))
         return None
+
+    def _explained(self, one: Connection, refusal: str | None, ailing: set[tuple[str, str]]) -> Connection:
+        if one.status is Status.CONNECTED:
+            return one
+        if refusal is None and (one.server_id, one.protocol) in ailing:
+            # Not in the node's words: they are its operator's, and may name what is on the host.
+            refusal = f"{self._directory.name(one.server_id)} reports a problem with its {one.protocol} server"
+        return replace(one, refusal=refusal)
 
     def _addresses(self, connection_id: str) -> tuple[str, ...]:
         """What the client has inside, by its sessions."""

@@ -68,7 +68,7 @@ class LiveConnection(ConnectionStatus):
     tx: Annotated[int, Field(description="Bytes to the client")]
     latest_handshake: Annotated[Moment | None, Field(description="By other protocols: the latest sign of life")]
     refusal: Annotated[
-        str | None, Field(description="Where it is not connected: what keeps the account out now, such as its quota")
+        str | None, Field(description="Where it is not connected: what keeps it out now, such as the account's quota")
     ]
 
 

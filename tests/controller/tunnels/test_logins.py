@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives import hashes
 from controller.access.tables import CredentialRow
 from controller.accounts.principal import Plan
 from controller.accounts.tables import UserRow
+from controller.desired.service import node_scope
 from controller.errors import ErrorKind, InvalidInput
+from controller.fleet.progress import Progress
 from controller.store.types import now
 from controller.tunnels import errors
 from controller.tunnels.ending import end_account
@@ -26,6 +28,7 @@ from controller.tunnels.tables import AllocationRow, ConnectionRow
 from controller.usage.tables import LimitsRow
 from shared import crypt
 from shared.access import Limits
+from shared.resource import Protocol
 from tests.controller.tunnels.conftest import HOST_KEY
 
 LOGINS = ["openvpn", "ssh", "l2tp"]
@@ -96,6 +99,31 @@ async def test_a_connection_that_is_not_in_says_what_keeps_it_out(world: Any) ->
         async with world.database.transaction() as tx:
             await tx.session.execute(sa.update(LimitsRow).values(**column))
         assert await refusals() == [f"the account may not connect now: {words}"] * 2
+
+
+async def test_a_connection_that_is_not_in_says_that_its_nodes_server_ails(world: Any) -> None:
+    tunnels, progress, node = world.tunnels(), Progress(world.database), world.nodes[-1]
+    for protocol in ("ssh", "openvpn"):
+        await connect(world, protocol)
+
+    async def refusals(node_id: str, scope: str, ailing: dict[Protocol, str]) -> list[str | None]:
+        progress.applied(node_id, scope, 1, b"", None, ailing)
+        await progress.flush()
+        return [one.refusal for one in await tunnels.list_live(world.alice)]
+
+    ssh = {Protocol.SSH: "sshd cannot have TCP port 2222 of this host"}
+    assert await refusals(world.nodes[0], node_scope(world.nodes[0]), ssh) == [None, None], "another node's"
+    name = world.directory.name(node)
+    assert await refusals(node, node_scope(node), ssh) == [f"{name} reports a problem with its ssh server", None]
+    login = next(login for login in await world.credentials() if login.protocol == "ssh")
+    world.session(login)
+    await world.live.flush()
+    assert [one.refusal for one in await tunnels.list_live(world.alice)] == [None, None], "it is in all the same"
+    world.session(login, ended=True)
+    await world.live.flush()
+    assert await refusals(node, node_scope(node), {}) == [None, None]
+    await limit(world, expires_at=now() - timedelta(seconds=1))
+    assert await refusals(node, node_scope(node), ssh) == ["the account may not connect now: it has expired"] * 2
 
 
 async def test_an_openvpn_login_is_a_certificate_of_the_fleets_authority(world: Any) -> None:
