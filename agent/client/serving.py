@@ -11,6 +11,12 @@ from agent.client.errors import Failure
 from shared.resource import Protocol
 
 RUNNING = "running"
+_FAILED = "failed"
+_TO_ITSELF = (
+    Protocol.WIREGUARD,
+    Protocol.OPENVPN,
+    Protocol.SSH,
+)  # of L2TP a machine is one end only: it has one IKE port
 _ONLINE = re.compile(r"^skynetvpn_agent_connected 1\b", re.MULTILINE)
 _APPLIED = re.compile(r'^skynetvpn_agent_applied_revision\{scope="node:', re.MULTILINE)
 _HEALTHY = re.compile(r"^skynetvpn_agent_failures 0\b", re.MULTILINE)
@@ -61,6 +67,11 @@ def servers_of(answer: str, protocols: Collection[Protocol]) -> dict[str, Server
 
 def whole(servers: Mapping[str, Server]) -> bool:
     return all(server.status == RUNNING for server in servers.values())
+
+
+def to_itself(servers: Mapping[str, Server]) -> Protocol | None:
+    """What the machine may connect to its own node by: the first that is served, or may yet be."""
+    return next((each for each in _TO_ITSELF if each in servers and servers[each].status != _FAILED), None)
 
 
 def agree(metrics: str, servers: Mapping[str, Server]) -> bool:

@@ -276,18 +276,31 @@ SkynetVPN runs on this machine. Ctrl-C ends the controller and the agent; tunnel
 In another terminal, as root:
   {client} login --url {url} {_ADMIN}
   {client} servers
-  {client} connect --no-routes     # this machine to itself: a real handshake; routes stay as they are
-  {client} status
-  {client} disconnect
-
-Another device that reaches UDP port 51820 of this machine scans this code:
-  {client} config --new --format svg --file phone.svg
-
+{_trial(client, serving.to_itself(servers))}
 More users:
   {controller} user add NAME --email E --role user --password-stdin --config {self._settings}
 """,
             flush=True,
         )
+
+
+def _trial(client: str, protocol: Protocol | None) -> str:
+    """What to type to use the node; nothing where it serves nothing that this machine can use."""
+    if protocol is None:
+        return ""
+    choice = "" if protocol is Protocol.WIREGUARD else f" --protocol {protocol}"
+    lines = f"""\
+  {client} connect --no-routes{choice}     # this machine to itself: a real handshake; routes stay as they are
+  {client} status
+  {client} disconnect
+"""
+    if protocol is not Protocol.WIREGUARD:
+        return lines
+    return f"""\
+{lines}
+Another device that reaches UDP port 51820 of this machine scans this code:
+  {client} config --new --format svg --file phone.svg
+"""
 
 
 def _script(name: str) -> str:

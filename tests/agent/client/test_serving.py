@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.client.errors import Failure
-from agent.client.serving import Server, agree, servers_of, tried, whole
+from agent.client.serving import Server, agree, servers_of, to_itself, tried, whole
 from shared.resource import Protocol
 
 BOTH = (Protocol.WIREGUARD, Protocol.OPENVPN)
@@ -58,3 +58,11 @@ def test_what_keeps_the_node_from_a_server_is_told() -> None:
     waiting = '{"problem": "it would remove 15 of 15 peers", "servers": {"wireguard": {"status": "applying"}}}'
     assert servers_of(waiting, BOTH)["wireguard"].words == "NOT YET: it would remove 15 of 15 peers"
     assert servers_of('{"servers": {}}', BOTH)["wireguard"].words == "still starting"
+
+
+def test_a_machine_connects_to_itself_by_what_does_not_fail() -> None:
+    failed, later = Server("failed", "port 51820 is taken"), Server("applying")
+    assert to_itself({"openvpn": RUNNING, "wireguard": RUNNING}) is Protocol.WIREGUARD
+    assert to_itself({"openvpn": RUNNING, "wireguard": failed}) is Protocol.OPENVPN
+    assert to_itself({"wireguard": later}) is Protocol.WIREGUARD
+    assert to_itself({"l2tp": RUNNING, "wireguard": failed}) is None
