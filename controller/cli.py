@@ -13,6 +13,7 @@ import uvloop
 from controller import log
 from controller.commands import nodes, sessions, users
 from controller.commands.command import Command, add, config
+from controller.commands.output import add_output
 from controller.errors import DomainError, Unusable
 from shared import __version__
 from shared.settings import SettingsError
@@ -21,7 +22,10 @@ _FAILED = 1
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
+    if arguments.output == "json" and not arguments.tells:
+        parser.error("-o json goes with the commands that list or show")
     os.umask(0o077)  # the database and all that is made beside it is for this account only
     command: Command = arguments.command
     try:
@@ -63,6 +67,8 @@ async def _run(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="skynetvpn-controller", description="The central service of a VPN fleet.")
     parser.add_argument("--version", action="version", version=__version__)
+    add_output(parser, default="text")
+    parser.set_defaults(tells=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     init = commands.add_parser("init", help="make a controller's directory")

@@ -12,10 +12,12 @@ import msgspec
 _THOUSAND = 1000
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: argparse.ArgumentParser, default: str = argparse.SUPPRESS) -> None:
+    """Of a command; the program's has a default, so that what was said before the command's name holds."""
     parser.add_argument(
-        "-o", "--output", choices=("text", "json"), default="text", help="json: one JSON value, with exact numbers"
+        "-o", "--output", choices=("text", "json"), default=default, help="json: one JSON value, with exact numbers"
     )
+    parser.set_defaults(tells=True)
 
 
 def say(text: str) -> None:

@@ -488,6 +488,12 @@ async def test_nodes_are_told_as_json_too(desk: Desk) -> None:
         "fra1", "DE", "enabled", None,
     )  # fmt: skip
     assert await desk.asks("node", "status", "fra1") == listed | {"servers": {}}
+    assert json.loads(await desk.types("-o", "json", "node", "list")) == [listed]
+
+
+async def test_json_of_a_command_that_tells_nothing_is_wrong_usage() -> None:
+    status, output, errors = await typed("-o", "json", "node", "delete", "fra1")
+    assert (status, output) == (2, "") and "commands that list or show" in errors
 
 
 async def test_health_readiness_and_metrics(directory: Path) -> None:
