@@ -51,10 +51,14 @@ class Connection:
         self._metrics = metrics
         self._read_push, self._known_push = read_push, known_push
         self._waiting: deque[bytes] = deque()
-        self._unreadable = False
+        self._unreadable: set[str] = set()  # scopes, as the log has it
         self._idle = False  # the writer waits for work
         self._work = asyncio.Event()
         self._ended: asyncio.Future[Bye | None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.done()
 
     def send(self, frame: Frame) -> None:
         if len(self._waiting) >= _MAX_WAITING:
@@ -134,28 +138,30 @@ class Connection:
             self._idle = False
             self._work.clear()
             await self._flush()
+            unread: list[str] = []
             while (wanted := self.session.wanted()) is not None:
                 if not await self._push(wanted):
-                    break
+                    unread.append(wanted.scope)  # the others have to go out all the same
                 await self._flush()
+            for scope in unread:
+                self.session.postpone(scope)  # until something wakes us, as the sweep does
 
     async def _flush(self) -> None:
         while self._waiting:
             await self._transmit(self._waiting.popleft())
 
     async def _push(self, wanted: Wanted) -> bool:
+        """Return False where it could not be read."""
         try:
             push = await self._read_push(wanted)
         except StoreUnavailable:
-            self.session.postpone(wanted.scope)  # the sweep wakes us when the database is back
             return False
-        except SecretUnreadable as error:
-            self.session.postpone(wanted.scope)  # the node keeps what it has; never is it sent less than all
-            if not self._unreadable:
+        except SecretUnreadable as error:  # the node keeps what it has; never is it sent less than all
+            if wanted.scope not in self._unreadable:
                 log.error("channel.desired_unreadable", node=self.node.name, scope=wanted.scope, reason=str(error))
-            self._unreadable = True
+            self._unreadable.add(wanted.scope)
             return False
-        self._unreadable = False
+        self._unreadable.discard(wanted.scope)
         if self.session.pushing(wanted, push.revision, push.digest):
             for frame in push.frames:
                 await self._transmit(frame)

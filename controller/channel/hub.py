@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -133,6 +133,7 @@ class Hub:
         """Run one node's session until it ends; a second one of the same node replaces the first."""
         session = Session(node.node_id, self._epoch, node.scopes)
         connection = Connection(socket, transport, node, session, self._metrics, self._read_push, self._pushes.known)
+        live = _Live(connection, expires_at)
         intake = Intake(
             connection,
             address,
@@ -143,12 +144,13 @@ class Hub:
             protocols=self._protocols,
             on_report=self._on_report,
             metrics=self._metrics,
+            still_admitted=lambda: self._still_admitted(live),
             greeted=lambda: self._up(connection),
             applied=lambda scope, revision: self._applied(connection, scope, revision),
         )
-        live = _Live(connection, expires_at)
         if (former := self._live.get(node.node_id)) is not None:
             former.connection.end(Bye(reason="another session of this node began"))
+            self._unlisten(former.connection)
         self._live[node.node_id] = live
         for scope in session.scopes:
             self._listeners.setdefault(scope, {})[node.node_id] = connection
@@ -199,18 +201,21 @@ class Hub:
     def _gone(self, connection: Connection) -> None:
         node = connection.node
         del self._live[node.node_id]
-        for scope in connection.session.scopes:
-            listeners = self._listeners[scope]
-            del listeners[node.node_id]
-            if not listeners:
-                del self._listeners[scope]
-                self._pushes.forget(scope)
+        self._unlisten(connection)
         self._directory.set_online(node.node_id, False)
         self._metrics.up.labels(node.name).set(0)
         for protocol in node.offer.protocols:
             self._metrics.protocol_up.labels(node.name, protocol).set(0)
         if connection.session.greeted:
             log.info("channel.node_down", node=node.name)
+
+    def _unlisten(self, connection: Connection) -> None:
+        for scope in connection.session.scopes:
+            listeners = self._listeners[scope]
+            del listeners[connection.node.node_id]
+            if not listeners:
+                del self._listeners[scope]
+                self._pushes.forget(scope)
 
     def _applied(self, connection: Connection, scope: str, revision: int) -> None:
         node_id = connection.node.node_id
@@ -267,16 +272,25 @@ class Hub:
 
     async def _check(self) -> None:
         """Cut off every node whose status or certificate is no longer good, and release confirmed snapshots."""
-        moment, live = now(), dict(self._live)
+        live = dict(self._live)
+        await self._cut_off(live)
+        for node_id, scope, revision in await self._progress.confirmed(live):
+            if live[node_id].connection.session.confirm(scope, revision):
+                live[node_id].connection.wake()
+
+    async def _still_admitted(self, live: _Live) -> bool:
+        """A check may have come between the node's admission and its place among the live ones."""
+        await self._cut_off({live.connection.node.node_id: live})
+        return not live.connection.ended
+
+    async def _cut_off(self, live: Mapping[str, _Live]) -> None:
+        moment = now()
         standing = await self._identities.standing(live)
         for node_id, session in live.items():
             reason = _inadmissible(session, standing.get(node_id), moment)
             if reason is not None:
                 log.warning("channel.node_cut_off", node=session.connection.node.name, reason=reason.reason)
                 session.connection.end(reason)
-        for node_id, scope in await self._progress.confirmed(live):
-            if live[node_id].connection.session.confirm(scope):
-                live[node_id].connection.wake()
 
     async def _seen(self) -> None:
         if self._live:

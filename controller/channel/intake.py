@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import assert_never
 
@@ -53,6 +53,7 @@ class Intake:
         protocols: Protocols,
         on_report: OnReport,
         metrics: ChannelMetrics,
+        still_admitted: Callable[[], Awaitable[bool]],
         greeted: Callable[[], None],
         applied: Callable[[str, int], None],
     ) -> None:
@@ -67,6 +68,7 @@ class Intake:
         self._protocols = protocols
         self._on_report = on_report
         self._metrics = metrics
+        self._still_admitted = still_admitted
         self._greeted = greeted
         self._release = applied
         self._problems: dict[str, str | None] = {}  # by scope, as the log has it
@@ -95,6 +97,8 @@ class Intake:
 
     async def _hello(self, frame: Hello) -> None:
         self._session.check(frame)
+        if not await self._still_admitted():
+            return
         await self._identities.hello(self._node, frame, self._address)
         offer = Offer.of(frame)
         if excess := set(offer.protocols) - set(self._node.allowed):

@@ -108,10 +108,10 @@ class Session:
             state.changed_at = now  # its poke is lost, or comes only when this is sent already
         return state.due and state.held is None
 
-    def confirm(self, scope: str) -> bool:
-        """An operator allows what the node refused; return whether that was held back."""
-        state = self._scopes[scope]
-        if state.held is None:
+    def confirm(self, scope: str, revision: int) -> bool:
+        """An operator allows what the node refused; return whether that was held back, and nothing else is by now."""
+        state = self._scopes.get(scope)  # the refusal may be from before the node gave the scope up
+        if state is None or state.held != revision:
             return False
         state.held, state.confirmed, state.due = None, True, True
         return True
@@ -132,9 +132,10 @@ class Session:
 
     def pushing(self, wanted: Wanted, revision: int, digest: bytes) -> bool:
         """About to send what was wanted, up to this revision; return False where the node has it and was told so, and
-        where it has asked for another thing, or refused this one, while it was read."""
+        where it has asked for another thing, or refused this one, or its operator confirmed it, while it was read."""
         state = self._scopes[wanted.scope]
-        if state.sent != wanted.base or state.held is not None:
+        confirmed_since = wanted.base is None and state.confirmed and not wanted.confirmed
+        if state.sent != wanted.base or state.held is not None or confirmed_since:
             return False
         changed_at, state.changed_at = state.changed_at, None
         if state.announced and state.sent == revision:

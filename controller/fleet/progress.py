@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Progress:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._pending: dict[tuple[str, str], dict[str, Any]] = {}
+        self._flushing = asyncio.Lock()
 
     def applied(
         self,
@@ -64,7 +66,7 @@ class Progress:
 
     async def refused(self, node_id: str, scope: str, revision: int, problem: str) -> None:
         """Stored at once: an operator may confirm it from another process."""
-        await self.flush()
+        await self.flush()  # also one that is under way: what came before must not be written over this
         refusal = {
             "problem": printable(problem)[:_MAX_PROBLEM],
             "refused_revision": revision,
@@ -75,32 +77,35 @@ class Progress:
 
     async def flush(self) -> None:
         """Write what came since the last call; it is kept where the database fails."""
-        if not self._pending:
-            return
-        batch, self._pending = self._pending, {}
-        rows = [{"node_id": node_id, "scope": scope, **values} for (node_id, scope), values in sorted(batch.items())]
-        try:
-            await self._upsert(rows, [name for name in rows[0] if name not in ("node_id", "scope")])
-        except BaseException:
-            self._pending = batch | self._pending
-            raise
+        async with self._flushing:
+            if not self._pending:
+                return
+            batch, self._pending = self._pending, {}
+            rows = [{"node_id": node, "scope": scope, **values} for (node, scope), values in sorted(batch.items())]
+            try:
+                await self._upsert(rows, [name for name in rows[0] if name not in ("node_id", "scope")])
+            except BaseException:
+                self._pending = batch | self._pending
+                raise
 
     async def standing(self, node_id: str) -> dict[str, Standing]:
         async with self._database.read() as session:
             rows = await session.scalars(sa.select(AppliedRow).where(AppliedRow.node_id == node_id))
             return {row.scope: Standing(row.refused_revision, row.confirmed_at is not None) for row in rows}
 
-    async def confirmed(self, node_ids: Collection[str]) -> list[tuple[str, str]]:
-        """The (node, scope) pairs whose refused snapshot an operator has allowed since."""
-        found: list[tuple[str, str]] = []
+    async def confirmed(self, node_ids: Collection[str]) -> list[tuple[str, str, int]]:
+        """The (node, scope, revision) of every refused snapshot that an operator has allowed since."""
+        found: list[tuple[str, str, int]] = []
         async with self._database.connect() as connection:
             for part in _parts(sorted(node_ids)):
                 rows = await connection.execute(
-                    sa.select(AppliedRow.node_id, AppliedRow.scope).where(
-                        AppliedRow.node_id.in_(part), AppliedRow.confirmed_at.is_not(None)
+                    sa.select(AppliedRow.node_id, AppliedRow.scope, AppliedRow.refused_revision).where(
+                        AppliedRow.node_id.in_(part),
+                        AppliedRow.refused_revision.is_not(None),
+                        AppliedRow.confirmed_at.is_not(None),
                     )
                 )
-                found += [(row.node_id, row.scope) for row in rows]
+                found += [(row.node_id, row.scope, row.refused_revision) for row in rows]
         return found
 
     async def seen(self, node_ids: Collection[str], moment: datetime) -> None:

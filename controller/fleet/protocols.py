@@ -23,7 +23,7 @@ from controller.fleet.nodes import INTERFACE
 from controller.fleet.offer import Offer, known_protocols
 from controller.fleet.settings import FleetSettings
 from controller.fleet.standing import Standing
-from controller.fleet.tables import NodeRow
+from controller.fleet.tables import AppliedRow, NodeRow
 from controller.fleet.vetting import PORT, SETTINGS, Place, conflict, faults
 from controller.fleet.vpnkeys import VpnKeys, new_psk
 from controller.store.database import Database, Topic, Transaction
@@ -118,7 +118,11 @@ class Protocols:
             row.ssh_host_keys, row.ledger = "\n".join(offer.ssh_host_keys), offer.ledger
             if before != offer.protocols:
                 await self._put(tx, await read_layers(tx.session, tx.secrets), [(row, offer.protocols)])
-                for protocol in set(before) - set(offer.protocols):
+                given_up = set(before) - set(offer.protocols)
+                scopes = [desired.protocol_scope(protocol) for protocol in given_up]
+                of_these = (AppliedRow.node_id == row.id, AppliedRow.scope.in_(scopes))
+                await tx.session.execute(sa.delete(AppliedRow).where(*of_these))  # its problems are none any more
+                for protocol in given_up:
                     key = row.interface if protocol is Protocol.WIREGUARD else protocol
                     await desired.remove(tx, desired.node_scope(row.id), servers.KINDS[protocol], [key])
             tx.touch(Topic.NODES)

@@ -15,7 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from controller.channel.pace import RENEWALS_PER_MINUTE
 from controller.desired.service import node_scope
+from controller.fleet.certificates import Identity
 from controller.fleet.directory import ServerStatus
+from controller.fleet.identities import Admitted, Identities
 from controller.fleet.nodes import NodeStatus
 from controller.fleet.service import Fleet
 from controller.secretbox import SecretBox
@@ -240,6 +242,31 @@ async def test_a_node_that_is_cut_off_is_gone_within_a_second(
         await port.fleet.set_status("node-1", NodeStatus.ENABLED)
         await agent.connect()
         assert agent.received(Welcome)
+        await agent.close()
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+async def test_a_node_that_is_cut_off_while_it_connects_gets_no_session(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: bool
+) -> None:
+    async with node_port(database, tmp_path / "ca", intervals=NEVER) as port:
+        agent = await port.enrolled()
+        admit = Identities.admit
+
+        async def overtaken(identities: Identities, identity: Identity) -> Admitted:
+            admitted = await admit(identities, identity)
+            await port.fleet.set_status("node-1", NodeStatus.DISABLED)
+            if deleted:
+                await port.fleet.delete("node-1")
+            await asyncio.sleep(0.05)  # the check that this causes does not find it among the live ones
+            return admitted
+
+        monkeypatch.setattr(Identities, "admit", overtaken)
+        await agent.connect()
+        await until(lambda: agent.closed, deadline=1.0)
+        assert agent.bye is not None
+        assert agent.bye.retry is not deleted
+        assert not agent.received(Welcome)
         await agent.close()
 
 

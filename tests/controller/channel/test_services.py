@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,16 @@ from controller.channel.pace import COMPLAINTS_PER_MINUTE
 from controller.desired import service as desired
 from controller.desired.service import node_scope, protocol_scope
 from controller.desired.tables import DesiredRow
-from controller.fleet.nodes import NodeSpec
+from controller.fleet.errors import NothingToConfirm
+from controller.fleet.nodes import NodeSpec, NodeStatus
 from controller.fleet.progress import Progress
 from controller.fleet.tables import AppliedRow, NodeRow
 from controller.fleet.vpnkeys import load_keys
-from controller.store.database import Database
+from controller.store.database import Database, Topic
+from controller.store.types import now
 from shared.access import Credential
 from shared.desired import Kind, Protocol
-from shared.protocol import OPENVPN_SERVER, Applied, Certificate, Drift, Failure, Hello, Renew, Welcome
+from shared.protocol import OPENVPN_SERVER, Applied, Certificate, Drift, Failure, Hello, Refused, Renew, Welcome
 from tests.support.node_port import (
     DEADLINE,
     NEVER,
@@ -209,6 +212,69 @@ async def test_a_login_that_fails_is_no_server_that_fails(port: NodePort, databa
     await eventually(problem)
     assert await words(database, agent) == "{}"
     assert port.value("skynetvpn_protocol_up", node="node-1", protocol="ssh") == 1
+    await agent.close()
+
+
+async def test_what_was_refused_of_a_protocol_that_is_given_up_is_nobodys_problem(
+    port: NodePort, database: Database
+) -> None:
+    agent, scope = await joined(port, "ssh"), protocol_scope("ssh")
+    await agent.send(Refused(scope=scope, revision=1, reason="too much"))
+    await eventually(port.problem)
+    agent.protocols = ["wireguard"]
+    await agent.join()
+    assert await port.problem() is None
+    with pytest.raises(NothingToConfirm):
+        await port.fleet.confirm_snapshot("node-1")
+    async with database.transaction() as tx:  # as the last session writes it that ends only now
+        refusal = {"refused_revision": 1, "confirmed_at": now()}
+        tx.session.add(AppliedRow(node_id=agent.node_id, scope=scope, revision=0, digest=b"", applied_at=now()))
+        await tx.session.flush()
+        await tx.session.execute(sa.update(AppliedRow).where(AppliedRow.scope == scope).values(refusal))
+        tx.touch(Topic.NODES)
+    await port.fleet.set_status("node-1", NodeStatus.DISABLED)  # the hub checks on
+    await until(lambda: agent.closed)
+    await agent.close()
+
+
+async def test_a_session_that_replaces_another_leaves_none_of_its_scopes_behind(
+    port: NodePort, database: Database
+) -> None:
+    """A half-open link is replaced after another controller has stored what the node offers now."""
+    former = await joined(port, "ssh", "wireguard")
+    async with database.transaction() as tx:
+        await tx.session.execute(sa.update(NodeRow).values(protocols="wireguard"))
+    agent = copy.copy(former)
+    agent.protocols, agent._socket, agent._session, agent._reader = ["wireguard"], None, None, None
+    await agent.connect()
+    assert [welcome.scopes for welcome in agent.received(Welcome)] == [[node_scope(agent.node_id)]]
+    assert set(port.hub._listeners) == {node_scope(agent.node_id)}
+    await agent.close()
+    await until(lambda: not port.hub.online)
+    assert not port.hub._listeners
+    await former.close()
+
+
+async def test_what_cannot_be_read_of_one_scope_holds_up_no_other(port: NodePort, database: Database) -> None:
+    agent = await joined(port, "ssh", "wireguard")
+    async with database.transaction() as tx:
+        await desired.put(tx, protocol_scope("ssh"), [LOGIN])
+    await until(lambda: ("credential", "ssh/alice") in agent.resources[protocol_scope("ssh")])
+    await agent.close()
+    async with database.transaction() as tx:
+        damaged = sa.update(DesiredRow).where(DesiredRow.scope == node_scope(agent.node_id))
+        await tx.session.execute(damaged.values(payload=b"damaged"))
+    agent.epoch = "elsewhere"  # so that it needs everything anew
+    agent.resources.clear()
+    with capture_logs() as logs:
+        await agent.connect()
+        await until(lambda: agent.resources.get(protocol_scope("ssh")))
+        async with database.transaction() as tx:
+            await desired.remove(tx, protocol_scope("ssh"), Kind.CREDENTIAL, ["ssh/alice"])
+        await until(lambda: not agent.resources[protocol_scope("ssh")])
+    assert [entry["scope"] for entry in logs if entry["event"] == "channel.desired_unreadable"] == [
+        node_scope(agent.node_id)
+    ]
     await agent.close()
 
 

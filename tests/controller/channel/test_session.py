@@ -131,7 +131,8 @@ def test_a_refused_snapshot_is_held_until_it_is_confirmed() -> None:
     session.refused(Refused(scope=SCOPE, revision=5, reason="too much"), 0)
     session.poke(SCOPE, 1)
     assert session.wanted() is None
-    assert session.confirm(SCOPE)
+    assert not session.confirm(SCOPE, 4)  # of an earlier refusal
+    assert session.confirm(SCOPE, 5)
     assert session.wanted() == Wanted(SCOPE, None, confirmed=True)
     session.pushing(Wanted(SCOPE, None, confirmed=True), 5, DIGEST)
     session.applied(applied(5), 2)
@@ -151,7 +152,8 @@ def test_a_refused_snapshot_is_offered_again_later_when_the_rows_have_changed() 
 
 def test_a_confirmation_with_nothing_to_confirm_changes_nothing() -> None:
     session = synchronised()
-    assert not session.confirm(SCOPE)
+    assert not session.confirm(SCOPE, 5)
+    assert not session.confirm("protocol:ssh", 5)  # it was one of the node's when it was refused
     assert session.wanted() is None
 
 
@@ -218,6 +220,18 @@ def test_a_snapshot_that_was_being_read_when_it_was_refused_is_not_sent() -> Non
     assert reading == Wanted(SCOPE, None)
     session.refused(Refused(scope=SCOPE, revision=5, reason="too much"), 0)
     assert not session.pushing(reading, 5, DIGEST)
+
+
+def test_a_snapshot_that_was_being_read_when_it_was_confirmed_is_sent_confirmed() -> None:
+    session = synchronised()
+    session.resync(Resync(scope=SCOPE, reason="r"), 0)
+    reading = session.wanted()
+    assert reading == Wanted(SCOPE, None)
+    session.refused(Refused(scope=SCOPE, revision=5, reason="too much"), 0)
+    assert session.confirm(SCOPE, 5)
+    assert not session.pushing(reading, 5, DIGEST)
+    assert session.wanted() == Wanted(SCOPE, None, confirmed=True)
+    assert session.pushing(Wanted(SCOPE, None, confirmed=True), 5, DIGEST)
 
 
 def change(base: int, upserts: dict[str, bytes], removals: tuple[str, ...] = ()) -> Changes:

@@ -22,7 +22,7 @@ from controller.desired.tables import DesiredRow, ScopeRow
 from controller.fleet.errors import NothingToConfirm
 from controller.fleet.tables import AppliedRow
 from controller.secretbox import SecretBox
-from controller.store.database import Database, open_database
+from controller.store.database import Database, StoreUnavailable, open_database
 from controller.store.tables import FactRow
 from shared import desired as shared_desired
 from shared.desired import Kind, Peer
@@ -377,6 +377,28 @@ async def test_a_database_error_is_never_an_empty_set(port: NodePort, database: 
     async with database.engine.begin() as connection:
         await connection.execute(sa.text("ALTER TABLE hidden RENAME TO desired"))
     await converged(database, agent, scope)
+    await agent.close()
+
+
+async def test_a_node_is_asked_what_it_has_also_where_the_database_comes_back_later(
+    port: NodePort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lacks nothing, and so no comparison of revisions makes up for the question."""
+    agent, _ = await connected(port)
+    read, asked, away = Pushes._read, 0, True
+
+    async def unavailable(pushes: Pushes, wanted: Wanted) -> Push:
+        nonlocal asked
+        asked += 1
+        if away:
+            raise StoreUnavailable("it is away")
+        return await read(pushes, wanted)
+
+    monkeypatch.setattr(Pushes, "_read", unavailable)
+    await agent.connect()
+    await until(lambda: asked == 2)
+    away = False
+    await until(lambda: agent.received(Delta))
     await agent.close()
 
 
