@@ -42,6 +42,7 @@ from controller.fleet.protocols import Protocols
 from controller.notify import notify, watchdog
 from controller.operations import operations_routes
 from controller.services import Services, open_services, pool_of
+from controller.store.database import StoreUnavailable
 from controller.store.watch import Watcher
 from controller.tunnels.ending import end_by_ids
 from controller.tunnels.live import LiveStates
@@ -227,7 +228,10 @@ class _Heart:
 
 async def _purge_sessions(accounts: Accounts) -> None:
     while True:
-        await accounts.purge_sessions()
+        try:
+            await accounts.purge_sessions()
+        except StoreUnavailable:
+            log.warning("accounts.purge_failed")
         await asyncio.sleep(_PURGE_INTERVAL)
 
 
