@@ -36,7 +36,7 @@ class Topic(StrEnum):
 
 
 class StoreUnavailable(DomainError):
-    """The database cannot be reached or written; nothing was changed, unless PostgreSQL left its commit unanswered."""
+    """The database cannot be reached or used; nothing was changed, unless PostgreSQL left its commit unanswered."""
 
     kind = ErrorKind.UNAVAILABLE
     code = "store_unavailable"
@@ -199,11 +199,12 @@ def open_database(url: str, secrets: SecretBox) -> Database:
 
 
 def translate(error: DBAPIError | PoolExhausted, url: sa.URL) -> Exception:
-    """A lost, locked, full or overrun database becomes StoreUnavailable; a broken rule stays what it is."""
+    """A lost, locked, full, damaged or overrun database becomes StoreUnavailable; a broken rule stays what it is."""
     if isinstance(error, PoolExhausted):
         return StoreUnavailable("all its connections are in use")
-    passes = isinstance(error, OperationalError) or error.connection_invalidated or postgresql.passes(error.orig)
-    return StoreUnavailable(_reason(error, url)) if passes else error
+    away = isinstance(error, OperationalError) or error.connection_invalidated
+    away = away or postgresql.passes(error.orig) or sqlite.is_damage(error.orig)
+    return StoreUnavailable(_reason(error, url)) if away else error
 
 
 def _reason(error: DBAPIError, url: sa.URL) -> str:

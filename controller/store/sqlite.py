@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,6 +14,12 @@ def make_engine(url: str, pool_size: int, busy_timeout: float) -> AsyncEngine:
     sa.event.listen(engine.sync_engine, "connect", _prepare)
     sa.event.listen(engine.sync_engine, "begin", _begin)
     return engine
+
+
+def is_damage(error: BaseException | None) -> bool:
+    """Whether the file is what is wrong: no database, or a broken one."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest says where
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def _prepare(connection: Any, _record: object) -> None:

@@ -509,6 +509,26 @@ async def test_health_readiness_and_metrics(directory: Path) -> None:
             assert answer.status == 404, "a proxy passes the public's requests on"
 
 
+async def test_it_is_not_ready_with_a_damaged_database(directory: Path) -> None:
+    async with running(directory) as url, aiohttp.ClientSession(url) as api:
+        scribble(directory / "controller.db")
+        async with api.get("/readyz") as answer:
+            assert (answer.status, await answer.json()) == (503, {"status": "database unavailable"})
+        async with api.get("/healthz") as answer:
+            assert answer.status == 200
+    status, _, errors = await controller("run", "--config", directory / "controller.yaml")
+    assert status == 1
+    assert errors.startswith("skynetvpn-controller: the database is not available: ") and "not a database" in errors
+    assert len(errors.splitlines()) == 1
+
+
+def scribble(file: Path) -> None:
+    """As if the log that is not in it yet had never been."""
+    for path in (file, file.with_name(f"{file.name}-wal")):
+        with path.open("r+b") as opened:
+            opened.write(b"x" * path.stat().st_size)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -132,6 +132,23 @@ async def test_a_full_disk_acknowledges_nothing(database: Database, database_url
     await limited.close()
 
 
+def scribble(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.write(b"x" * 4096)
+
+
+@only("sqlite")
+async def test_a_damaged_file_is_an_unavailable_database(database: Database) -> None:
+    assert database.engine.url.database is not None
+    file = Path(database.engine.url.database)
+    await database.close()
+    scribble(file)
+    with pytest.raises(StoreUnavailable) as refused:
+        async with database.connect() as connection:
+            await connection.execute(sa.select(FactRow.name))
+    assert refused.value.explain() == f"the database is not available: {file}: file is not a database"
+
+
 @only("sqlite")
 async def test_sqlite_is_durable_and_checks_references(database: Database) -> None:
     async with database.engine.connect() as connection:
