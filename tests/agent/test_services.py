@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agent import changes
 from agent.drivers.base import Admit, DriverError, Notify, Unsupported
 from agent.leftover import LeftOver
 from agent.services import Services
@@ -113,9 +114,7 @@ async def test_change_of_peers_is_applied_and_answered_while_a_server_is_at_work
         await serving(node)
         node.driver().gates["put"] = asyncio.Event()
         await node.send(delta(1, 2, [login(50)], scope=ACCOUNTS))
-        started = time.monotonic()
         (answer,) = await node.send(delta(1, 2, [peer(60)]))
-        assert time.monotonic() - started < 0.5
         assert answer == Applied(scope=SCOPE, revision=2, digest=digest([INTERFACE, SSH, *PEERS, peer(60)]))
         assert applied(node, ACCOUNTS).revision == 1
         node.driver().gates.pop("put").set()
@@ -143,7 +142,7 @@ async def test_peers_behind_a_server_that_hangs_are_answered_in_a_second_and_nam
         await node.send(delta(2, 3, [peer(60)]))
         assert peer(60).public_key in node.present()
         await until(lambda: applied(node).revision == 3)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < changes._WORK_SECONDS - 1, "as long as a change of servers itself may take"
         assert [failure.kind for failure in applied(node).failures] == [Kind.SSH_SERVER]
         node.driver().gates.pop("ensure").set()
         await has(node, SCOPE, [INTERFACE, moved, *PEERS, peer(60)], 3)
@@ -157,16 +156,16 @@ async def test_peers_behind_a_server_that_hangs_are_answered_in_a_second_and_nam
     [DriverError("port 2222 is taken by another program"), Unsupported("sshd is not installed"), ValueError("a bug")],
     ids=["port", "program", "bug"],
 )
-async def test_server_that_cannot_run_says_so_within_a_second_while_all_others_go_on(
-    tmp_path: Path, error: Exception
+async def test_server_that_cannot_run_says_so_at_once_while_all_others_go_on(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(changes, "_WORK_SECONDS", 3600.0)  # an answer that waits for them comes too late
+    monkeypatch.setattr(changes, "PATIENCE", 3600.0)
     async with Node(tmp_path) as node:
         node.driver().failing["ensure"] = error
         await node.send(welcome(SCOPE, ACCOUNTS))
-        started = time.monotonic()
         await node.send(snapshot([INTERFACE, SSH, OPENVPN, login(1, Protocol.OPENVPN), *PEERS]))
         await until(lambda: applied(node).failures)
-        assert time.monotonic() - started < 1
         (failure,) = applied(node).failures
         assert (failure.kind, failure.key) == (Kind.SSH_SERVER, "ssh")
         assert str(error) in failure.message

@@ -37,7 +37,7 @@ def unique(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(4)}"
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 10) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 30) -> None:
     """Poll until the condition is true; raise TimeoutError where it is not in time."""
     deadline = time.monotonic() + timeout
     while not condition():

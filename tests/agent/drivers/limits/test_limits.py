@@ -117,8 +117,13 @@ async def test_a_speed_changes_while_it_is_used_and_sessions_of_one_account_shar
     await limits.apply([Allowed(7, addresses=(CLIENT, OTHER, CLIENT6), rate_down=10 * MEGABIT)])
     assert 7 * MEGABIT < hosts.iperf("-R") < 11 * MEGABIT
     second = hosts.client.popen(
-        "iperf3", "-t", "30", "-R", "-p", "5202", "-c", SERVER, "-B", OTHER, stdout=subprocess.DEVNULL
+        *("iperf3", "-t", "60", "-R", "-p", "5202", "-c", SERVER, "-B", OTHER, "--forceflush"),
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    assert second.stdout is not None
+    while "bits/sec" not in (line := second.stdout.readline()):  # of its first second: it is on its way
+        assert line, "iperf3 ended"
     assert hosts.iperf("-R") < 8 * MEGABIT
     hosts.client.end(second)
     await limits.close()
