@@ -20,6 +20,7 @@ import msgspec
 import structlog
 
 from agent import files
+from agent.databases import open_to_read
 from agent.sessionlog import Entry
 from shared.protocol import SessionStats
 
@@ -64,6 +65,7 @@ class Ledger:
         self.path = directory / "ledger.db"
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._connection: sqlite3.Connection | None = None
+        self._only_read = False  # when they were opened; they are to be written once they can be
         self._used: dict[int, int] = {}
         self._meters: dict[bytes, tuple[str, int] | None] = {}
         self._sessions: dict[str, Entry | None] = {}
@@ -71,7 +73,10 @@ class Ledger:
         self._writing = asyncio.Lock()  # an older batch never comes after a newer one
 
     def open(self) -> Records:
-        """Open the records; damaged ones are put aside, and new ones begun. It blocks for a moment."""
+        """Open the records; damaged ones are put aside, and new ones begun. It blocks for a moment.
+
+        Those that can only be read, as on a full disk, hold.
+        """
         try:
             return self._open()
         except (sqlite3.Error, OSError) as error:
@@ -100,7 +105,7 @@ class Ledger:
 
     async def _flush(self) -> None:
         batch = self._used, self._meters, self._sessions
-        if self._connection is None or not any(batch):
+        if (self._connection is None and not self._only_read) or not any(batch):
             return
         self._used, self._meters, self._sessions = {}, {}, {}
         try:
@@ -145,22 +150,18 @@ class Ledger:
     def _read(self) -> Records:
         if files.exposed(self.path):
             raise _Damaged("it can be read by others")
-        self._connection = connection = _connect(self.path)
-        for pragma, wanted in (("application_id", _APPLICATION_ID), ("user_version", _VERSION), ("quick_check", "ok")):
-            if (found := connection.execute(f"PRAGMA {pragma}").fetchone()[0]) != wanted:
-                raise _Damaged(f"{pragma} is {found}")
-        row = connection.execute("SELECT value FROM meta WHERE key = 'ledger'").fetchone()
-        if row is None:
-            raise _Damaged("it has no identity")
-        sessions = connection.execute("SELECT stats, raw_rx, raw_tx FROM sessions ORDER BY rowid")
-        decoder = msgspec.msgpack.Decoder(SessionStats)
-        return Records(
-            row[0],
-            False,
-            dict(connection.execute("SELECT account, used FROM usage")),
-            {key: (generation, count) for key, generation, count in connection.execute("SELECT * FROM meters")},
-            [Entry(decoder.decode(stats), raw_rx, raw_tx) for stats, raw_rx, raw_tx in sessions],
-        )
+        try:
+            self._connection = _connect(self.path)
+            return _records(self._connection)
+        except sqlite3.OperationalError as error:
+            self._close()
+            if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:
+                raise  # it is no disk that fails, it has not the tables
+        with contextlib.closing(open_to_read(self.path)) as connection:
+            records = _records(connection)
+        log.error("ledger_only_readable", path=str(self.path))
+        self._only_read = True
+        return records
 
     def _write(
         self,
@@ -168,7 +169,8 @@ class Ledger:
         meters: Mapping[bytes, tuple[str, int] | None],
         sessions: Mapping[str, Entry | None],
     ) -> None:
-        assert self._connection is not None
+        if self._connection is None:
+            self._connection = _connect(self.path)
         connection = self._connection
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -209,3 +211,22 @@ def _connect(path: Path) -> sqlite3.Connection:
     # NORMAL: a killed agent loses nothing; a power cut may lose the last seconds, and all sessions with them.
     connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -500;")
     return connection
+
+
+def _records(connection: sqlite3.Connection) -> Records:
+    """Raises _Damaged, sqlite3.DatabaseError and msgspec.DecodeError for what are no records."""
+    for pragma, wanted in (("application_id", _APPLICATION_ID), ("user_version", _VERSION), ("quick_check", "ok")):
+        if (found := connection.execute(f"PRAGMA {pragma}").fetchone()[0]) != wanted:
+            raise _Damaged(f"{pragma} is {found}")
+    row = connection.execute("SELECT value FROM meta WHERE key = 'ledger'").fetchone()
+    if row is None:
+        raise _Damaged("it has no identity")
+    sessions = connection.execute("SELECT stats, raw_rx, raw_tx FROM sessions ORDER BY rowid")
+    decoder = msgspec.msgpack.Decoder(SessionStats)
+    return Records(
+        row[0],
+        False,
+        dict(connection.execute("SELECT account, used FROM usage")),
+        {key: (generation, count) for key, generation, count in connection.execute("SELECT * FROM meters")},
+        [Entry(decoder.decode(stats), raw_rx, raw_tx) for stats, raw_rx, raw_tx in sessions],
+    )

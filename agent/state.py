@@ -16,6 +16,7 @@ from typing import TypeVar
 import structlog
 
 from agent import files
+from agent.databases import open_to_read
 from agent.errors import AgentError
 from shared.protocol import Resource, ResourceName
 
@@ -79,8 +80,14 @@ class State:
         self._sequence = self._reserved = 0
 
     async def open(self) -> Stored:
-        """Open the file, or the backup where it is damaged, or start empty; raise StateError where none can be."""
-        return await self._run(self._open)
+        """Open the file, or the backup where it is damaged, or start empty; raise StateError where none can be.
+
+        What can only be read, as on a full disk, is served all the same.
+        """
+        stored = await self._run(self._open, True)
+        if self._connection is None:
+            log.error("state_only_readable", path=str(self.path))
+        return stored
 
     async def change(
         self, scope: str, revision: int, upserts: Sequence[Resource], removals: Sequence[ResourceName]
@@ -101,7 +108,7 @@ class State:
     async def next_sequence(self) -> int:
         """A number greater than any before, also after a crash; it is written ahead in blocks."""
         if self._sequence >= self._reserved:
-            self._reserved = await self._run(self._reserve, self._sequence)
+            self._reserved = await self._run(self._reserve)
         self._sequence += 1
         return self._sequence
 
@@ -141,10 +148,12 @@ class State:
             self._in_use.release()
         return True
 
-    def _open(self) -> Stored:
+    def _open(self, only_to_read: bool = False) -> Stored:
         trusted = True
         try:
-            self._connection, stored = _read(self.path)
+            self._connection, stored = _read(self.path, only_to_read=only_to_read)
+        except sqlite3.OperationalError:  # no space, no right: nothing that a backup would cure
+            raise
         except FileNotFoundError:
             trusted = False
             self._connection, stored = self._restore("missing")
@@ -156,6 +165,8 @@ class State:
                     damaged.chmod(0o600)
                     damaged.replace(f"{self.path}.damaged{suffix}")
             self._connection, stored = self._restore(str(error))
+        if self._connection is None:
+            return Stored(stored.scopes, stored.epoch, bool(stored.epoch))
         (sequence,) = self._connection.execute("SELECT max(value) FROM meta WHERE key = 'sequence'").fetchone()
         self._sequence = self._reserved = sequence if trusted and sequence else int(time.time() * 1000)
         self._changed = not self.backup_path.exists()
@@ -165,6 +176,7 @@ class State:
         """Take the backup as the state, else begin an empty one."""
         try:
             connection, stored = _read(self.backup_path)
+            assert connection is not None
             connection.close()
             files.write_private(self.path, self.backup_path.read_bytes())
             log.warning("state_restored_from_backup", path=str(self.path), reason=reason)
@@ -209,9 +221,9 @@ class State:
                 statement = f"DELETE FROM {table} WHERE scope = ?"  # noqa: S608  the table is one of two words
                 connection.executemany(statement, [(scope,) for scope in scopes])
 
-    def _reserve(self, sequence: int) -> int:
-        reserved = sequence + _SEQUENCE_BLOCK
+    def _reserve(self) -> int:
         with self._transaction() as connection:
+            reserved = self._sequence + _SEQUENCE_BLOCK  # not before: where it opens the file, that tells it
             connection.execute("INSERT OR REPLACE INTO meta VALUES ('sequence', ?)", (reserved,))
         return reserved
 
@@ -274,12 +286,34 @@ def _connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     return connection
 
 
-def _read(path: Path) -> tuple[sqlite3.Connection, Stored]:
+def _read(path: Path, *, only_to_read: bool = False) -> tuple[sqlite3.Connection | None, Stored]:
+    """With `only_to_read` there is no connection where the file cannot be written; else that raises OperationalError.
+
+    Raises FileNotFoundError, _Damaged and sqlite3.DatabaseError for what is no state.
+    """
     if not path.exists():
         raise FileNotFoundError(path)
     if files.exposed(path):
         raise _Damaged("it can be read by others")
-    connection = _connect(path)
+    try:
+        connection = _connect(path)
+        try:
+            return connection, _stored(connection)
+        except BaseException:
+            connection.close()
+            raise
+    except sqlite3.OperationalError:
+        if not only_to_read:
+            raise
+    with contextlib.closing(open_to_read(path)) as connection:
+        try:
+            return None, _stored(connection)
+        except sqlite3.OperationalError as error:
+            raise _Damaged(str(error)) from error
+
+
+def _stored(connection: sqlite3.Connection) -> Stored:
+    """Raises _Damaged, and OperationalError for what is not the file's fault."""
     try:
         identity = (_pragma(connection, "application_id"), _pragma(connection, "user_version"))
         if identity != (_APPLICATION_ID, _VERSION):
@@ -295,12 +329,10 @@ def _read(path: Path) -> tuple[sqlite3.Connection, Stored]:
             scopes[scope].resources.append(Resource(*resource))
         row = connection.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
     except (KeyError, sqlite3.DatabaseError) as error:
-        connection.close()
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+            raise  # no space, or a disk that does not answer
         raise _Damaged(str(error)) from error
-    except _Damaged:
-        connection.close()
-        raise
-    return connection, Stored(scopes, row[0] if row else "")
+    return Stored(scopes, row[0] if row else "")
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> object:

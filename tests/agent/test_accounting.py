@@ -281,6 +281,34 @@ def test_records_that_others_can_read_are_not_trusted(tmp_path: Path) -> None:
     second.die()
 
 
+async def test_records_that_can_only_be_read_hold_and_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    world, first = World(), Agent(tmp_path)
+    await first.look(world)
+    world.pass_session(0, 10)
+    await first.look(world)
+    first.die()
+    with monkeypatch.context() as patched:
+        patched.setattr("agent.ledger._connect", full)
+        agent = Agent(tmp_path)
+        assert (agent.allowances.ledger, agent.allowances.used) == (first.allowances.ledger, first.allowances.used)
+        world.pass_session(0, 5)
+        await agent.look(world)
+    world.pass_session(0, 1)
+    await agent.look(world)
+    agent.die()
+    again = Agent(tmp_path)
+    assert again.allowances.ledger == first.allowances.ledger
+    assert sum(again.allowances.used.values()) == 16
+    again.die()
+
+
 async def test_what_the_disk_did_not_take_is_written_when_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,54 @@ async def test_full_disk_keeps_nobody_who_was_revoked(tmp_path: Path) -> None:
         assert again.present() == {item.public_key for item in PEERS[1:]}
 
 
+@pytest.mark.parametrize("logged", [False, True])
+async def test_state_that_can_only_be_read_is_served_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: bool
+) -> None:
+    """The disk was full, or read-only, when the host came up."""
+    async with Node(tmp_path) as node:
+        await node.send(welcome(), snapshot([INTERFACE, *PEERS]), delta(1, 2, removals=PEERS[:1]))
+        number = await node.state.next_sequence()
+        power_lost = copied(tmp_path)
+    if logged:
+        power_lost()
+
+    def full(_path: Path, *, create: bool = False) -> sqlite3.Connection:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("agent.state._connect", full)
+        rebooted = await Node(tmp_path).__aenter__()
+        assert rebooted.present() == {item.public_key for item in PEERS[1:]}
+        assert rebooted.reconciler.hello().revisions == {SCOPE: 2}
+        answers = await rebooted.send(welcome(), delta(2, 3, [peer(99)], removals=PEERS[1:2]))
+        assert isinstance(answers[-1], Resync)
+        assert rebooted.present() == {item.public_key for item in PEERS[2:]}
+        with pytest.raises(StateError):
+            await rebooted.state.next_sequence()
+    assert await rebooted.state.next_sequence() > number
+    (answer,) = await rebooted.send(delta(2, 3, [peer(99)], removals=PEERS[1:2]))
+    assert answer == Applied(scope=SCOPE, revision=3, digest=digest([INTERFACE, *PEERS[2:], peer(99)]))
+    await rebooted.__aexit__(None, None, None)
+    stored = await (state := State(tmp_path)).open()
+    assert (stored.trusted, stored.scopes[SCOPE].revision) == (True, 3)
+    assert await state.next_sequence() > number
+    await state.close()
+    assert not {name for name in os.listdir(tmp_path) if "damaged" in name}  # noqa: PTH208
+
+
+def copied(directory: Path) -> Callable[[], None]:
+    """Keep the state as it is with its log; return what puts it back, as if the host had lost its power now."""
+    kept = {path: path.read_bytes() for path in (directory / "state.db", directory / "state.db-wal")}
+    assert all(kept.values())
+
+    def put_back() -> None:
+        for path, data in kept.items():
+            path.write_bytes(data)
+
+    return put_back
+
+
 def occupy(directory: Path) -> None:
     """Put directories that cannot be replaced where the files belong."""
     for name_ in ("state.db", "state.db.damaged"):

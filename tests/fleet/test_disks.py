@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shared.keys import PrivateKey
-from tests.fleet.installation import INTERNET, Installation
+from tests.fleet.installation import INTERFACE, INTERNET, Installation
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(120)]
 
@@ -87,3 +87,21 @@ def test_agent_without_space_starts_and_serves_what_it_has(fleet: Installation) 
             stream.flows()
         assert fleet.connect().public_key in fleet.peers()
     assert stream.lost() == set()
+
+
+def test_host_without_tunnels_and_space_serves_what_its_disk_knows(fleet: Installation) -> None:
+    mine = fleet.connect()
+    with fleet.tunnel(mine) as tunnel:
+        peers, revision = fleet.peers(), acknowledged(fleet)
+        fleet.stop_agent()  # which ends the log of its state: there is no room for another one
+        with fleet.full_disk(fleet.node, fleet.agent_home):
+            fleet.node.run("ip", "link", "delete", INTERFACE)  # and with it wireguard-go
+            fleet.start_agent()
+            fleet.wait(lambda: fleet.peers() == peers, "the peers are not back")
+            assert "state_only_readable" in fleet.agent_log.read_text()
+            tunnel.restart()
+            fleet.wait(lambda: tunnel.reaches(INTERNET), "packets do not pass the host")
+        fleet.wait_online()
+        fleet.wait(lambda: acknowledged(fleet) == revision, "the node has lost its state")
+        assert fleet.connect().public_key in fleet.peers()
+    assert not {"state.db.damaged", "ledger.db.damaged"} & set(fleet.node.run("ls", str(fleet.agent_home)).split())
