@@ -115,7 +115,7 @@ async def test_controller_that_goes_away_and_comes_back_changes_nothing_on_the_h
                 await controller.stop()
                 await until(lambda: not node.agent.counters.connected)
                 node.wireguard.calls.clear()
-                await asyncio.sleep(0.5)  # many tries, one line
+                await until(lambda: node.agent.link._backoff._tries >= 10)  # many tries, one line
                 assert [line["event"] for line in logs].count("disconnected") <= 2
                 await controller.start()
                 await until(lambda: len(controller.hellos) == 2)

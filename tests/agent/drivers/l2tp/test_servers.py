@@ -144,7 +144,7 @@ async def test_a_kernel_without_l2tp_is_told_at_once(host: Namespace, directory:
         tested = driver(directory)
         with pytest.raises(Unsupported, match="needs the modules l2tp_ppp and esp4"):
             await tested.ensure(SPEC)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
         assert await tested.sessions() == []
         await tested.stop()
         await tested.close()

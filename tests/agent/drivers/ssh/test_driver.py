@@ -351,7 +351,7 @@ async def test_a_kick_ends_one_session_at_once(net: Net, driver: Ssh) -> None:
     await driver.kick(first.id)
     with opened:
         assert await asyncio.to_thread(opened.recv, 1) == b""
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
 
     told = {session.id: session for session in await driver.sessions()}
     assert (bool(told[first.id].ended), told[first.id].reason) == (True, "kicked")
