@@ -90,7 +90,7 @@ def rights(pid: int) -> dict[str, str]:
 
 def programs(fleet: Installation) -> dict[str, int]:
     """The processes on the node by their names."""
-    return {Path(f"/proc/{pid}/comm").read_text().strip(): pid for pid in fleet.node.namespace.pids()}
+    return {name: pid for pid, name in fleet.node.namespace.programs().items()}
 
 
 def test_agent_and_its_tunnels_have_one_capability_and_no_account_of_power(fleet: Installation) -> None:

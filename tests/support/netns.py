@@ -111,6 +111,14 @@ class Namespace:
         text = _run(("ip", "netns", "pids", self.name), check=False)
         return [int(pid) for pid in text.split() if int(pid) != os.getpid()]
 
+    def programs(self) -> dict[int, str]:
+        """The names of those processes; one that ends meanwhile is left out."""
+        found = {}
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                found[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
+        return found
+
     def run(self, *argv: str, stdin: str | None = None, timeout: float = 30, check: bool = True) -> str:
         """Run a command inside and return what it printed; raise CommandFailed with its words."""
         return _run(("ip", "netns", "exec", self.name, *argv), stdin=stdin, timeout=timeout, check=check)
