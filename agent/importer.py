@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from ipaddress import ip_interface, ip_network
+from ipaddress import IPv4Interface, IPv6Interface, ip_interface, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Found:
     interface: Interface
     private_key: PrivateKey
     peers: tuple[Peer, ...]
-    ignored: tuple[str, ...]  # settings of the file that the agent does not take over
+    ignored: tuple[str, ...]  # what the agent does not take over: settings of the file, addresses
 
     def describe(self) -> str:
         spec = self.interface
@@ -94,7 +94,9 @@ def _read(file: Path, name: str) -> Found:
     spec, key = _interface(interface, name, file)
     found = tuple(_peer(_lowered(peer), f"{file}:{_line(peer)}") for peer in peers.values() if not peer["_disabled"])
     _check_together(spec, found, file)
-    return Found(spec, key, found, tuple(sorted(name for name in interface if name not in _TAKEN)))
+    ignored = [name for name in interface if name not in _TAKEN]
+    ignored += [address for address in _many(interface, "address") if _is_the_kernels(ip_interface(address))]
+    return Found(spec, key, found, tuple(sorted(ignored)))
 
 
 def _interface(values: dict[str, Any], name: str, file: Path) -> tuple[Interface, PrivateKey]:
@@ -102,13 +104,20 @@ def _interface(values: dict[str, Any], name: str, file: Path) -> tuple[Interface
         spec = Interface(
             name=name,
             listen_port=int(_one(values, "listenport")),
-            addresses=tuple(str(ip_interface(address)) for address in _many(values, "address")),
+            addresses=tuple(
+                str(address) for address in map(ip_interface, _many(values, "address")) if not _is_the_kernels(address)
+            ),
             mtu=int(_one(values, "mtu", _DEFAULT_MTU)),
         )
         spec.check()
         return spec, PrivateKey.parse(str(_one(values, "privatekey")))
     except ValueError as error:
         raise AgentError(f"{file}: [Interface]: {error}") from error
+
+
+def _is_the_kernels(address: IPv4Interface | IPv6Interface) -> bool:
+    """A device of wireguard-go has a link-local one of itself, and `wg-quick save` writes it down; drivers see none."""
+    return address.is_link_local
 
 
 def _peer(values: dict[str, Any], where: str) -> Peer:

@@ -66,6 +66,13 @@ async def test_file_is_read_as_wg_quick_reads_it(tmp_path: Path) -> None:
     assert KEY.reveal() not in found.describe()
 
 
+async def test_an_address_that_the_kernel_gave_stays_the_kernels(tmp_path: Path) -> None:
+    saved = text(interface="Address = fe80::7e86:1678:fa6:7f65/64")  # by wg-quick, of a device of wireguard-go
+    found = await importer.read(written(tmp_path, saved))
+    assert found.interface == INTERFACE
+    assert found.ignored == ("fe80::7e86:1678:fa6:7f65/64", "postup")
+
+
 async def test_imported_peers_are_served_and_outlive_the_controllers_snapshots(tmp_path: Path) -> None:
     directory = tmp_path / "agent"
     await importer.adopt(await importer.read(written(tmp_path, text())), directory)
