@@ -11,7 +11,7 @@ from agent.answers import Answers
 from agent.changes import Changes
 from agent.convergence import Convergence
 from agent.counters import Counters
-from agent.desired import IMPORTED, Desired, scope_of
+from agent.desired import IMPORTED, Desired, Scope, scope_of
 from agent.logins import Name
 from agent.snapshots import Staging
 from agent.state import State, StateError, Stored
@@ -109,6 +109,9 @@ class Intake:
         if await self._stored(self._state.drop(names)):
             log.info("scopes_dropped", scopes=names, removes=removes)
             await self._changes.become(smaller)
+        else:
+            for name in names:
+                await self._revoke(name, _lost(self._changes.desired.scopes[name]))
 
     async def _delta(self, frame: Delta) -> None:
         scope = self._changes.desired.scopes.get(frame.scope)
@@ -170,11 +173,7 @@ class Intake:
             return
         if not await self._stored(self._state.replace(frame.scope, frame.epoch, frame.revision, resources)):
             if kept is not None:
-                peers = [
-                    (str(Kind.WIREGUARD_PEER), peer.key) for key, peer in kept.peers.items() if key not in scope.peers
-                ]
-                logins = [name for name in kept.others if name[0] == Kind.CREDENTIAL and name not in scope.others]
-                await self._revoke(frame.scope, [*peers, *logins])
+                await self._revoke(frame.scope, _lost(kept, scope))
             self._answers.resync(frame.scope, "the node could not store the snapshot")
             return
         self._answers.synchronised(frame.scope)
@@ -207,6 +206,15 @@ class Intake:
             log.error("state_not_stored", error=str(error))
             return False
         return True
+
+
+def _lost(kept: Scope, scope: Scope | None = None) -> list[Name]:
+    """The peers and logins that go where `scope`, or nothing, takes the place of what was kept."""
+    peers = [peer.key for key, peer in kept.peers.items() if scope is None or key not in scope.peers]
+    logins = [
+        name for name in kept.others if name[0] == Kind.CREDENTIAL and (scope is None or name not in scope.others)
+    ]
+    return [*((str(Kind.WIREGUARD_PEER), key) for key in peers), *logins]
 
 
 def _revocable(names: Sequence[ResourceName]) -> list[Name]:

@@ -210,6 +210,24 @@ async def test_full_disk_keeps_nobody_who_was_revoked(tmp_path: Path) -> None:
         assert again.present() == {item.public_key for item in PEERS[1:]}
 
 
+async def test_full_disk_keeps_nobody_of_a_scope_that_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: object) -> None:
+        raise StateError("database or disk is full")
+
+    async with Node(tmp_path) as node:
+        await node.send(welcome(SCOPE, "other"), snapshot([INTERFACE, *PEERS[:15]]))
+        await node.send(snapshot(PEERS[15:], scope="other"))
+        assert len(node.present()) == 20
+        with monkeypatch.context() as patch:
+            patch.setattr(node.state, "drop", full)
+            await node.send(welcome(SCOPE))
+        assert node.present() == {item.public_key for item in PEERS[:15]}
+        await node.send(welcome(SCOPE))
+        assert "other" not in node.reconciler.hello().revisions
+
+
 @pytest.mark.parametrize("logged", [False, True])
 async def test_state_that_can_only_be_read_is_served_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: bool
