@@ -61,6 +61,7 @@ class Renewal:
             await asyncio.to_thread(self._identity.store, self._identity.next, frame.certificate, frame.ca)
         except TimeoutError:
             log.warning("certificate_not_renewed", reason="the controller did not answer")
+            self._reconnect()  # or a late answer might be taken for that to the next question
             return False
         except (AgentError, certificates.InvalidCertificate) as error:
             log.error("certificate_not_renewed", reason=str(error))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import structlog.testing
 
-from agent import certificates, config
+from agent import certificates, config, renewal
 from agent.enrolment import enrol
 from agent.errors import AgentError
 from agent.link import Backoff, Outbox
@@ -180,6 +180,21 @@ async def test_renewed_certificate_that_is_refused_gives_way_to_the_old_one(tmp_
             await until(lambda: len(controller.hellos) >= 2)
             assert len(set(controller.serials)) == 1
         assert (tmp_path / "agent/node.crt").read_bytes() == old
+
+
+async def test_renewal_that_was_not_answered_is_tried_again_on_another_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer to the first question would be a certificate that a second question has ended."""
+    monkeypatch.setattr(renewal, "_ANSWER_SECONDS", 0.2)
+    async with FakeController(tmp_path) as controller:
+        controller.times = {"start": timedelta(days=-5)}
+        await enrol(controller.token(), tmp_path / "agent")
+        async with running(tmp_path / "agent"):
+            await controller.receive(Renew)
+            await until(lambda: len(controller.hellos) >= 2)
+            assert isinstance(await controller.receive(Renew), Renew)
+            assert len(set(controller.serials)) == 1
 
 
 async def test_expired_certificate_is_named_and_the_host_keeps_serving(tmp_path: Path) -> None:
