@@ -258,7 +258,7 @@ async def test_a_node_that_is_cut_off_while_it_connects_gets_no_session(
             await port.fleet.set_status("node-1", NodeStatus.DISABLED)
             if deleted:
                 await port.fleet.delete("node-1")
-            await asyncio.sleep(0.05)  # the check that this causes does not find it among the live ones
+            await until(lambda: not port.hub._check_now.is_set())  # the check has begun: it is none of the live ones
             return admitted
 
         monkeypatch.setattr(Identities, "admit", overtaken)
