@@ -12,11 +12,8 @@ from shared.resource import Protocol
 
 RUNNING = "running"
 _FAILED = "failed"
-_TO_ITSELF = (
-    Protocol.WIREGUARD,
-    Protocol.OPENVPN,
-    Protocol.SSH,
-)  # of L2TP a machine is one end only: it has one IKE port
+# Of L2TP a machine is one end only: it has one IKE port.
+_TO_ITSELF = (Protocol.WIREGUARD, Protocol.OPENVPN, Protocol.SSH)
 _ONLINE = re.compile(r"^skynetvpn_agent_connected 1\b", re.MULTILINE)
 _APPLIED = re.compile(r'^skynetvpn_agent_applied_revision\{scope="node:', re.MULTILINE)
 _HEALTHY = re.compile(r"^skynetvpn_agent_failures 0\b", re.MULTILINE)

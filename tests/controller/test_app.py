@@ -1,3 +1,5 @@
+"""What the running controller does beside its rooms."""
+
 from __future__ import annotations
 
 import asyncio
